@@ -1,0 +1,1 @@
+"""Benchmarks of modeprobe against its peers, installed as modeprobe.benchmarks."""

@@ -1,0 +1,74 @@
+// The mask contract: a dropout mask as a pure function of (seed, stream, element index, p).
+//
+// Philox4x32-10 is that of Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011).
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#if defined(__CUDACC__)
+#define MODEPROBE_HD __host__ __device__ __forceinline__
+#else
+#define MODEPROBE_HD inline
+#endif
+
+namespace modeprobe {
+
+constexpr int kLanesPerChunk = 8;
+constexpr int kPhiloxRounds = 10;
+constexpr uint32_t kPhiloxM0 = 0xD2511F53u, kPhiloxM1 = 0xCD9E8D57u;
+constexpr uint32_t kPhiloxW0 = 0x9E3779B9u, kPhiloxW1 = 0xBB67AE85u;
+
+struct Words {
+  uint32_t w[4];
+};
+
+struct Key {
+  uint64_t seed, stream;
+};
+
+MODEPROBE_HD Words philox(uint32_t k0, uint32_t k1, Words c) {
+#if defined(__CUDACC__)
+#pragma unroll
+#endif
+  for (int round = 0; round < kPhiloxRounds; ++round) {
+    const uint64_t a = uint64_t{kPhiloxM0} * c.w[0], b = uint64_t{kPhiloxM1} * c.w[2];
+    c = {{uint32_t(b >> 32) ^ c.w[1] ^ k0, uint32_t(b), uint32_t(a >> 32) ^ c.w[3] ^ k1, uint32_t(a)}};
+    k0 += kPhiloxW0;
+    k1 += kPhiloxW1;
+  }
+  return c;
+}
+
+// The four words that decide elements [8 * chunk, 8 * chunk + 8); tie = 1 gives the words that break ties.
+MODEPROBE_HD Words chunk_words(Key key, uint64_t chunk, uint32_t tie) {
+  return philox(uint32_t(key.seed), uint32_t(key.seed >> 32),
+                {{uint32_t(key.stream), uint32_t(key.stream >> 32), uint32_t(chunk),
+                  uint32_t(chunk >> 32) | tie << 31}});
+}
+
+MODEPROBE_HD uint32_t lane_draw(const Words& words, int lane) {
+  return words.w[lane >> 1] >> (16 * (lane & 1)) & 0xffffu;
+}
+
+// Keep probability as a 32-bit threshold, split for the 16-bit draw and its tie-break. `hi` may be 65536.
+struct Threshold {
+  uint32_t hi, lo;
+};
+
+inline Threshold keep_threshold(double p) {
+  const auto t = static_cast<uint64_t>(std::nearbyint((1.0 - p) * 4294967296.0));
+  return {uint32_t(t >> 16), uint32_t(t & 0xffffu)};
+}
+
+inline float keep_scale(double p) { return p < 1.0 ? static_cast<float>(1.0 / (1.0 - p)) : 0.0f; }
+
+// The readable form of the contract; kernels decide eight lanes at a time and must agree with it bit for bit.
+MODEPROBE_HD bool keep(Key key, Threshold t, uint64_t i) {
+  const int lane = int(i & 7);
+  const uint32_t u = lane_draw(chunk_words(key, i >> 3, 0), lane);
+  if (u != t.hi) return u < t.hi;
+  return lane_draw(chunk_words(key, i >> 3, 1), lane) < t.lo;
+}
+
+}  // namespace modeprobe

@@ -1,0 +1,1 @@
+"""Operators: fake kernels, autograd, and the choice of backend, one module per family."""

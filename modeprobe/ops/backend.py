@@ -1,0 +1,89 @@
+"""Which implementation an operator runs on."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from modeprobe import _extension
+
+BACKENDS = ("auto", "native", "triton", "reference")
+
+_selected = "auto"
+
+
+@contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Select the implementation of modeprobe's operators inside a ``with`` block.
+
+    Args:
+        name: ``"native"``, the compiled CPU and CUDA kernels; ``"triton"``, the Triton kernels;
+            ``"reference"``, plain torch on any device; ``"auto"``, the first of these that the
+            tensor's device can use.
+
+    The choice holds for the whole process, like torch's own backend flags. A backward pass runs on
+    the backend of its forward pass.
+
+    Raises:
+        ValueError: ``name`` is not one of the four.
+
+    Example:
+        >>> with mp.backend("reference"):
+        ...     y = mp.functional.dropout(x, 0.1)
+    """
+    global _selected
+    if name not in BACKENDS:
+        raise ValueError(f"backend: name must be one of {', '.join(BACKENDS)}, got {name!r}")
+    previous, _selected = _selected, name
+    try:
+        yield
+    finally:
+        _selected = previous
+
+
+@functools.cache
+def triton_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def why_not(name: str, device_type: str) -> str | None:
+    """Why backend ``name`` cannot run on ``device_type``; None if it can."""
+    if name == "native":
+        return _extension.why_not(device_type)
+    if name == "triton":
+        if not triton_installed():
+            return "Triton is not installed; run: pip install 'modeprobe[triton]'"
+        if device_type != "cuda" and not _interpreting():
+            return f"Triton kernels run on CUDA tensors (or, with TRITON_INTERPRET=1, on the CPU), not on {device_type!r}"
+    return None
+
+
+def _interpreting() -> bool:
+    from triton import knobs
+
+    return bool(knobs.runtime.interpret)
+
+
+@functools.cache
+def _automatic(device_type: str) -> str:
+    if _extension.built_for(device_type):
+        return "native"
+    if device_type == "cuda" and triton_installed():
+        return "triton"
+    return "reference"
+
+
+def resolve(device_type: str) -> str:
+    """The backend in force for tensors on ``device_type``: "native", "triton" or "reference".
+
+    Raises:
+        RuntimeError: the backend asked for cannot run there; the message says why and what to do.
+    """
+    if _selected == "auto":
+        return _automatic(device_type)
+    reason = why_not(_selected, device_type)
+    if reason is not None:
+        raise RuntimeError(f"backend {_selected!r} cannot be used on {device_type!r} tensors: {reason}")
+    return _selected
