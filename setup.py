@@ -1,4 +1,4 @@
-"""Builds modeprobe._C: one abi3 library on torch's stable ABI, CPU kernels always, CUDA kernels where a toolkit is.
+"""Builds modeprobe._C: one abi3 library on torch's stable ABI, with CUDA kernels where a toolkit is found.
 
 Environment:
     MODEPROBE_CUDA        auto (default): CUDA kernels when nvcc is found; 1: fail without it; 0: never
@@ -68,9 +68,7 @@ def cuda_home(switch: str) -> Path | None:
         fail(f"MODEPROBE_CUDA must be auto, 0 or 1, got {switch!r}.")
     home = None if switch == "0" else find_cuda()
     if home is None and switch == "1":
-        fail(
-            "MODEPROBE_CUDA=1, but no CUDA toolkit was found: set CUDA_HOME to the folder that holds bin/nvcc."
-        )
+        fail("MODEPROBE_CUDA=1, but no CUDA toolkit was found; set CUDA_HOME to the folder with bin/nvcc.")
     return home
 
 

@@ -43,5 +43,8 @@ def why_not(device_type: str) -> str | None:
     if built_for(device_type):
         return None
     if device_type == "cuda":
-        return f"modeprobe was built without CUDA kernels; with a CUDA toolkit installed, run: MODEPROBE_CUDA=1 {REBUILD}"
+        return (
+            "modeprobe was built without CUDA kernels; with a CUDA toolkit installed, run: "
+            f"MODEPROBE_CUDA=1 {REBUILD}"
+        )
     return f"modeprobe has no compiled kernels for device type {device_type!r}"

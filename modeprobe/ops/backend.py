@@ -56,7 +56,10 @@ def why_not(name: str, device_type: str) -> str | None:
         if not triton_installed():
             return "Triton is not installed; run: pip install 'modeprobe[triton]'"
         if device_type != "cuda" and not _interpreting():
-            return f"Triton kernels run on CUDA tensors (or, with TRITON_INTERPRET=1, on the CPU), not on {device_type!r}"
+            return (
+                "Triton kernels run on CUDA tensors (or, with TRITON_INTERPRET=1, on the CPU), "
+                f"not on {device_type!r}"
+            )
     return None
 
 
