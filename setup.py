@@ -124,7 +124,7 @@ def build_options() -> dict:
     ext = extension(cpp_extension, cuda_home(os.environ.get("MODEPROBE_CUDA", "auto")))
     return {
         "ext_modules": [ext],
-        "cmdclass": {"build_ext": cpp_extension.BuildExtension.with_options(no_python_abi_suffix=True)},
+        "cmdclass": {"build_ext": cpp_extension.BuildExtension},
         "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
     }
 
