@@ -121,10 +121,17 @@ def build_options() -> dict:
         from torch.utils import cpp_extension
     except ImportError:
         fail(NO_TORCH)
+
+    class BuildExtension(cpp_extension.BuildExtension):
+        def finalize_options(self):
+            super().finalize_options()
+            # Editable installs would use a fresh temporary folder; here ninja rebuilds only what changed.
+            self.build_temp = str(ROOT / "build" / "objects")
+
     ext = extension(cpp_extension, cuda_home(os.environ.get("MODEPROBE_CUDA", "auto")))
     return {
         "ext_modules": [ext],
-        "cmdclass": {"build_ext": cpp_extension.BuildExtension},
+        "cmdclass": {"build_ext": BuildExtension},
         "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
     }
 

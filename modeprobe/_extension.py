@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 
 import torch
@@ -9,7 +10,7 @@ import torch
 _error: str | None = None
 
 try:
-    from modeprobe import _C  # type: ignore[attr-defined]  # noqa: F401
+    importlib.import_module("modeprobe._C")
 except ImportError as error:
     _error = str(error)
 else:

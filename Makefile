@@ -1,0 +1,65 @@
+# Every target makes its own .venv from nothing; what is up to date is not done again.
+#   make demo   the guided tour, with modeprobe-tour.html
+#   make test   lint and every test that this machine allows
+#   make lint   ruff, mypy, clang-format, the wall test
+#   make bench  benchmarks against peers (QUICK=1 for a short run)
+#   make kernels  registers, vector accesses and instructions of every GPU kernel, from the compilers
+#   make gpu    on a machine with an NVIDIA GPU, offline: build, test, sanitize, measure (STEPS=tests,bench)
+
+PYTHON ?= python3
+# The version that the tests were last run with; any torch from 2.10 on will do: make demo TORCH=torch
+TORCH ?= torch==2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
+export MPLBACKEND := Agg
+
+.PHONY: demo test lint bench kernels gpu clean
+
+demo: $(VENV)/.demo
+	$(BIN)/modeprobe tour
+
+test: $(VENV)/.test lint
+	$(BIN)/python -m pytest $(PYTEST)
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	git ls-files -- '*.h' '*.cpp' '*.cu' '*.cuh' | xargs $(BIN)/clang-format --dry-run -Werror
+	$(BIN)/python -m pytest -q tests/test_walls.py
+
+bench: $(VENV)/.demo
+	$(BIN)/modeprobe bench $(if $(QUICK),--quick)
+
+kernels: $(VENV)/.test
+	$(BIN)/python -m modeprobe.benchmarks.kernels
+
+gpu:
+	$(PYTHON) -m benchmarks.gpu $(if $(STEPS),--steps $(STEPS))
+
+$(VENV)/.venv:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "modeprobe needs Python 3.10 or later; name one with: make PYTHON=/path/to/python3 $(MAKECMDGOALS)"; exit 1; }
+	@echo "Making $(VENV) with $(TORCH); the first time takes a few minutes."
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) --upgrade pip "setuptools>=77" ninja wheel
+	$(PIP) $(TORCH)
+	@touch $@
+
+$(VENV)/.extension: $(VENV)/.venv $(SOURCES)
+	@echo "Compiling the kernels (CUDA kernels too where a toolkit is found)."
+	$(PIP) --no-build-isolation -e .
+	@touch $@
+
+$(VENV)/.demo: $(VENV)/.extension
+	$(PIP) --no-build-isolation -e ".[tour]"
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.extension
+	$(PIP) --no-build-isolation -e ".[test,lint]"
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist .cache *.egg-info modeprobe/*.so
