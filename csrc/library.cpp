@@ -16,4 +16,64 @@ STABLE_TORCH_LIBRARY(modeprobe, m) {
   m.def("dropout(Tensor input, Tensor key, float p, int offset=0) -> Tensor");
   m.def("dropout_(Tensor(a!) input, Tensor key, float p, int offset=0) -> ()");
   m.def("dropout_mask(Tensor key, int numel, float p, int offset=0) -> Tensor");
+
+  // Batch normalisation: z = weight * (x - mean) * invstd + bias, y = dropout(activation(z + residual)).
+  //
+  // Shapes: input (N, C, *). Per-channel arguments have shape (C). residual has input's shape and dtype.
+  // acc is float64 for float64 input, else float32; weight and bias are acc or of input's dtype (both the
+  // same), running buffers are acc or of input's dtype. Outputs that are not wanted are empty tensors.
+  // statistics: acc (2, C), rows mean and invstd = 1 / sqrt(biased variance + eps).
+  // activation: 0 none, 1 relu, 2 leaky_relu with `slope`, 3 silu, 4 gelu (erf), 5 gelu (tanh).
+  // key, p: dropout under the mask contract, indexed in output's memory order; key None means none.
+  // sign_bits: uint8 (ceil(numel / 8)); bit i & 7 of byte i >> 3 says z + residual > 0 at position i of
+  //   input's memory order. It is wanted where relu or leaky_relu follows a residual.
+  // output and grad_input have input's strides where input is contiguous or has its channels innermost
+  // (channels_last); any other input counts as, and yields, a contiguous one. grad_output: any strides.
+
+  // Normalises with the batch's statistics and folds them into the running buffers where given:
+  //   num_batches_tracked += 1; f = momentum, or 1 / num_batches_tracked where momentum is None;
+  //   running = (1 - f) * running + f * batch (variance unbiased, n / (n - 1)); f == 1 assigns.
+  // With skipped_batches given, statistics with a non-finite mean or variance in any channel leave all
+  // buffers and num_batches_tracked alone and count there instead. n = 0 only counts the batch.
+  m.def(
+      "batch_norm_train(Tensor input, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, "
+      "Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, Tensor(d!)? skipped_batches, "
+      "float? momentum, float eps, Tensor? residual=None, int activation=0, float slope=0.01, "
+      "Tensor? key=None, float p=0.0, bool save_sign_bits=False) "
+      "-> (Tensor output, Tensor statistics, Tensor sign_bits)");
+  // Normalises with given statistics. save: whether `statistics` is wanted.
+  m.def(
+      "batch_norm_eval(Tensor input, Tensor mean, Tensor variance, Tensor? weight, Tensor? bias, float eps, "
+      "Tensor? residual=None, int activation=0, float slope=0.01, Tensor? key=None, float p=0.0, "
+      "bool save=False, bool save_sign_bits=False) -> (Tensor output, Tensor statistics, Tensor sign_bits)");
+  // batch_statistics: the forward was batch_norm_train (else batch_norm_eval). input may be None where only
+  // grad_input of an evaluation without activation is wanted. bias and residual are read only to recompute
+  // z + residual; sign_bits spares that. grad_residual is the gradient of z.
+  m.def(
+      "batch_norm_backward(Tensor grad_output, Tensor? input, Tensor statistics, Tensor? weight, Tensor? "
+      "bias, "
+      "bool batch_statistics, bool need_input, bool need_affine, bool need_residual, Tensor? residual=None, "
+      "int activation=0, float slope=0.01, Tensor? key=None, float p=0.0, Tensor? sign_bits=None) "
+      "-> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias, Tensor grad_residual)");
+
+  // The pieces, for statistics shared between processes and for recalibration.
+  // moments: acc (2 * C + 2), (mean, M2, n mod 2^24, n div 2^24), M2 = sum((x - mean)^2); n = 0 gives zeros.
+  m.def("batch_norm_moments(Tensor input) -> Tensor");
+  // moments (K, 2 * C + 2) merged in order; buffers as in batch_norm_train. variance is biased; count (1).
+  m.def(
+      "batch_norm_merge(Tensor moments, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
+      "Tensor(c!)? num_batches_tracked, Tensor(d!)? skipped_batches, float? momentum) "
+      "-> (Tensor mean, Tensor variance, Tensor count)");
+  // sums: acc (2, C), rows sum(dz) and sum(dz * (x - mean) * invstd) = grad_bias and grad_weight.
+  m.def(
+      "batch_norm_backward_reduce(Tensor grad_output, Tensor input, Tensor statistics, Tensor? weight, "
+      "Tensor? bias, Tensor? residual=None, int activation=0, float slope=0.01, Tensor? key=None, "
+      "float p=0.0, Tensor? sign_bits=None) -> Tensor sums");
+  // means: acc (2, C), the sums divided by the count:
+  //   grad_input = weight * invstd * (dz - means[0] - (x - mean) * invstd * means[1]).
+  m.def(
+      "batch_norm_backward_input(Tensor grad_output, Tensor input, Tensor statistics, Tensor means, "
+      "Tensor? weight, Tensor? bias, bool need_residual, Tensor? residual=None, int activation=0, "
+      "float slope=0.01, Tensor? key=None, float p=0.0, Tensor? sign_bits=None) "
+      "-> (Tensor grad_input, Tensor grad_residual)");
 }
