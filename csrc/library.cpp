@@ -13,9 +13,61 @@ STABLE_TORCH_LIBRARY(modeprobe, m) {
   // Which vector instructions the CPU kernels use: "avx512", "avx2" or "portable".
   m.def("cpu_capability() -> str");
 
-  m.def("dropout(Tensor input, Tensor key, float p, int offset=0) -> Tensor");
-  m.def("dropout_(Tensor(a!) input, Tensor key, float p, int offset=0) -> ()");
-  m.def("dropout_mask(Tensor key, int numel, float p, int offset=0) -> Tensor");
+  // Dropout under the mask contract (mask.cuh): y = keep(offset + i) ? scale * x : +0.
+  //
+  // key: int64 (2), read as uint64 (seed, stream), on the data's device. p_tensor: float64, one element, on
+  // the data's device; where given it is used instead of p, is never read by the host of a CUDA op, and is
+  // clamped to [0, 1]. scale = 1 / (1 - p) computed in float64 and rounded to acc, or 1 where !scaled; p = 1
+  // drops everything. acc is float64 for float64 data, else float32; results are rounded once.
+  // Dense, non-overlapping input (any order of strides): i counts in memory order, the output has the input's
+  // strides. Any other input counts as, and yields, a contiguous one. offset: int64, read as uint64.
+  m.def(
+      "dropout(Tensor input, Tensor key, float p, int offset=0, bool scaled=True, Tensor? p_tensor=None) "
+      "-> Tensor");
+  m.def(
+      "dropout_(Tensor(a!) input, Tensor key, float p, int offset=0, bool scaled=True, "
+      "Tensor? p_tensor=None) -> ()");
+  // The decisions keep(offset + i), i < numel, as a bool tensor (numel).
+  m.def("dropout_mask(Tensor key, int numel, float p, int offset=0, Tensor? p_tensor=None) -> Tensor");
+  // A key that depends on key and on n (n_tensor: int64, one element, where given) and on nothing else:
+  // its four words are philox(seed, {stream_lo, stream_hi, n_lo, n_hi & 0x3fffffff | 1 << 30}), seed first.
+  m.def("fold_in(Tensor key, int n, Tensor? n_tensor=None) -> Tensor");
+
+  // One decision for all elements that differ only in shared_dims (ascending, in [0, input.dim())): the mask
+  // has input's shape with 1 in these dimensions, and i is the row-major position in it, whatever the strides
+  // of input. shared_dims = [2, 3] of (N, C, H, W) is Dropout2d. A dropped element is not read.
+  m.def(
+      "structured_dropout(Tensor input, Tensor key, float p, int[] shared_dims, int offset=0, "
+      "bool scaled=True, Tensor? p_tensor=None) -> Tensor");
+  // y = keep ? a * x + b : a * alpha' + b, alpha' = -1.7580993408473766, a = ((1 - p) (1 + p alpha'^2))^-1/2,
+  // b = -a * alpha' * p (Klambauer et al. 2017), a, b and the fill in float64 rounded to acc; p = 1 gives +0.
+  // linear: b = fill = 0, which is the derivative. An empty shared_dims: a mask of input's size, as in
+  // dropout.
+  m.def(
+      "alpha_dropout(Tensor input, Tensor key, float p, int[] shared_dims, bool linear=False, int offset=0, "
+      "Tensor? p_tensor=None) -> Tensor");
+
+  // residual + dropout(input + bias): one rounding, at the end. All of one dtype; residual has input's shape,
+  // bias is (input.size(-1)) or None. i is the row-major position; contiguous inputs (others are made so).
+  m.def(
+      "bias_dropout_add(Tensor input, Tensor? bias, Tensor residual, Tensor key, float p, int offset=0, "
+      "Tensor? p_tensor=None) -> Tensor");
+  // grad_input = dropout(grad_output), grad_bias = its sum (in acc, fixed order) over all but the last dim.
+  m.def(
+      "bias_dropout_add_backward(Tensor grad_output, Tensor key, float p, int offset=0, "
+      "Tensor? p_tensor=None) -> (Tensor grad_input, Tensor grad_bias)");
+
+  // dropout(softmax(scores + mask, -1)): i is the row-major position in scores. mask: None, bool (False takes
+  // no part) or of scores' dtype (added); scores.dim() dimensions, each of scores' size or 1, any strides.
+  // A row in which nothing takes part (all -inf) gives zeros. probabilities: before dropout, in scores'
+  // dtype, contiguous, or empty (0) unless save.
+  m.def(
+      "softmax_dropout(Tensor scores, Tensor? mask, Tensor key, float p, bool save, int offset=0, "
+      "Tensor? p_tensor=None) -> (Tensor output, Tensor probabilities)");
+  // P * (d - sum(d * P, -1)), d = dropout(grad_output).
+  m.def(
+      "softmax_dropout_backward(Tensor grad_output, Tensor probabilities, Tensor key, float p, int offset=0, "
+      "Tensor? p_tensor=None) -> Tensor");
 
   // Batch normalisation: z = weight * (x - mean) * invstd + bias, y = dropout(activation(z + residual)).
   //

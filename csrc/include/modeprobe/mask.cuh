@@ -57,7 +57,11 @@ inline Threshold keep_threshold(double p) {
   return {uint32_t(t >> 16), uint32_t(t & 0xffffu)};
 }
 
-inline float keep_scale(double p) { return p < 1.0 ? static_cast<float>(1.0 / (1.0 - p)) : 0.0f; }
+// Acc is double for float64 data: a float32 scale would cost it half of its digits.
+template <class Acc = float>
+inline Acc keep_scale(double p) {
+  return p < 1.0 ? static_cast<Acc>(1.0 / (1.0 - p)) : Acc(0);
+}
 
 // The readable form of the contract; kernels decide eight lanes at a time and must agree with it bit for bit.
 MODEPROBE_HD bool keep(Key key, Threshold t, uint64_t i) {
