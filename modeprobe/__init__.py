@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import importlib
+import sys
+import types
 from typing import TYPE_CHECKING, Any
 
 from modeprobe._version import __version__
 from modeprobe.ops.backend import backend
 
 if TYPE_CHECKING:
-    pass
+    from modeprobe.info import info as info
+    from modeprobe.swap import restore as restore
+    from modeprobe.swap import swap as swap
 
 # Loaded where first used: `import modeprobe` stays as cheap as `import torch`.
-_LAZY: dict[str, str] = {}
+_LAZY: dict[str, str] = {
+    "info": "modeprobe.info",
+    "restore": "modeprobe.swap",
+    "swap": "modeprobe.swap",
+}
 
 __all__ = ["__version__", "backend", *_LAZY]
 
@@ -23,6 +31,17 @@ def __getattr__(name: str) -> Any:
         globals()[name] = value
         return value
     raise AttributeError(f"module 'modeprobe' has no attribute {name!r}")
+
+
+class _Package(types.ModuleType):
+    """`modeprobe.swap` is a function and a file: importing the file must not hide the function."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _LAZY and isinstance(value, types.ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
 
 
 def __dir__() -> list[str]:

@@ -18,7 +18,9 @@ FLOORS = [
     ["nn"],
     ["swap", "statistics", "probe", "info"],
     ["benchmarks"],
-    ["tour", "cli", "__main__"],
+    ["tour"],
+    ["cli"],
+    ["__main__"],
 ]
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 

@@ -1,0 +1,71 @@
+"""The ``modeprobe`` command."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+import modeprobe
+
+app = typer.Typer(
+    name="modeprobe",
+    help="Kernels for dropout and BatchNorm, and a probe that measures what train() and eval() change.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_show_locals=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"modeprobe {modeprobe.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def info(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+) -> None:
+    """Show versions, CPU instructions in use, and which backends work here (and if not, why)."""
+    report = modeprobe.info()
+    if as_json:
+        typer.echo(json.dumps(report.as_dict(), indent=2))
+        return
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    facts = Table(box=None, show_header=False, pad_edge=False)
+    for what, value in report.rows():
+        facts.add_row(Text(what, style="bold"), Text(value))
+    table = Table(title="Backends", title_justify="left", title_style="bold")
+    for column in ("backend", "device", "built", "usable"):
+        table.add_column(column)
+    for item in report.backends:
+        chosen = " (automatic choice)" if report.automatic.get(item.device) == item.name else ""
+        usable = Text(f"yes{chosen}", style="green") if item.usable else Text("no", style="yellow")
+        table.add_row(item.name, item.device, "yes" if item.built else "no", usable)
+    console = Console()
+    console.print(facts, "", table)
+    for item in report.backends:
+        if item.why_not is not None:
+            # Not in the table: a command in a wrapped cell cannot be copied.
+            console.print(Text(f"{item.name} on {item.device}: {item.why_not}"), soft_wrap=True)
+
+
+def main() -> None:
+    """Entry point of the ``modeprobe`` console script."""
+    app(prog_name="modeprobe")
