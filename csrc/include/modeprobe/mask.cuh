@@ -11,6 +11,7 @@
 namespace modeprobe {
 
 constexpr int kLanesPerChunk = 8;
+constexpr uint64_t kChunkMask = (uint64_t{1} << 61) - 1;  // of a chunk, = i >> 3; i wraps at 2^64
 constexpr int kPhiloxRounds = 10;
 constexpr uint32_t kPhiloxM0 = 0xD2511F53u, kPhiloxM1 = 0xCD9E8D57u;
 constexpr uint32_t kPhiloxW0 = 0x9E3779B9u, kPhiloxW1 = 0xBB67AE85u;
@@ -45,6 +46,14 @@ MODEPROBE_HD Words chunk_words(Key key, uint64_t chunk, uint32_t tie) {
 
 MODEPROBE_HD uint32_t lane_draw(const Words& words, int lane) {
   return words.w[lane >> 1] >> (16 * (lane & 1)) & 0xffffu;
+}
+
+// The n-th child of a key. No mask draws from a counter with this bit set: a chunk has 61 bits.
+MODEPROBE_HD Key fold(Key key, uint64_t n) {
+  const Words words = philox(uint32_t(key.seed), uint32_t(key.seed >> 32),
+                             {{uint32_t(key.stream), uint32_t(key.stream >> 32), uint32_t(n),
+                               (uint32_t(n >> 32) & 0x3fffffffu) | 1u << 30}});
+  return {words.w[0] | uint64_t{words.w[1]} << 32, words.w[2] | uint64_t{words.w[3]} << 32};
 }
 
 // Keep probability as a 32-bit threshold, split for the 16-bit draw and its tie-break. `hi` may be 65536.
