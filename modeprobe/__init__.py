@@ -12,12 +12,14 @@ from modeprobe.ops.backend import backend
 
 if TYPE_CHECKING:
     from modeprobe.info import info as info
+    from modeprobe.probe.api import probe as probe
     from modeprobe.swap import restore as restore
     from modeprobe.swap import swap as swap
 
 # Loaded where first used: `import modeprobe` stays as cheap as `import torch`.
 _LAZY: dict[str, str] = {
     "info": "modeprobe.info",
+    "probe": "modeprobe.probe",
     "restore": "modeprobe.swap",
     "swap": "modeprobe.swap",
 }

@@ -1,0 +1,77 @@
+"""From measurements to the answer: effect, randomness, causes, verdict."""
+
+from __future__ import annotations
+
+from torch import nn
+from torch.nn.modules.dropout import _DropoutNd
+
+from modeprobe.probe.attribute import Attribution
+from modeprobe.probe.observe import Observation
+from modeprobe.probe.report import Failure, Idle, Mutation, Report
+
+
+def judge(model: nn.Module, seen: Observation, found: Attribution) -> Report:
+    report = Report(type(model).__name__)
+    if seen.effect is not None:
+        report.effect = "differs" if seen.effect.differs else "none"
+        report.amount = seen.effect.amount
+    report.train_is_random = seen.is_random(True)
+    report.eval_is_random = seen.is_random(False)
+    report.train_is_reproducible = seen.is_reproducible(True)
+    report.eval_is_reproducible = seen.is_reproducible(False)
+    if report.effect == "differs":
+        report.sites = found.sites
+        report.causes = frozenset(site.cause for site in found.sites) or frozenset({"branch"})
+    report.ungated = found.ungated
+    calls = found.traces[True].calls
+    for name, module in model.named_modules():
+        if isinstance(module, _DropoutNd):
+            if module.p == 0:
+                report.idle.append(Idle(name, 0.0, "p = 0"))
+            elif not calls[name]:
+                report.idle.append(Idle(name, module.p, "never called"))
+        if module.training is not model.training:
+            report.mixed.append(name)
+    for run in seen.runs:
+        if run.error is not None:
+            mode = "train" if run.mode else "eval"
+            report.failures.append(Failure(mode, run.phase, f"{type(run.error).__name__}: {run.error}"))
+    for flag, word in ((True, "train"), (False, "eval")):
+        first = seen.first(flag)
+        if first:
+            report.mutations += [Mutation(name, f"{word}()") for name in first.toggled]
+            report.mutations += [Mutation(name, f"forward in {word} mode") for name in first.mutated]
+    report.verdict = verdict(report)
+    return report
+
+
+_WORDS = {
+    "module_dropout": "dropout modules",
+    "functional_dropout": "functional dropout",
+    "attention_dropout": "dropout inside attention",
+    "stochastic_depth": "stochastic depth",
+    "random_noise": "random noise",
+    "batch_statistics": "batch statistics",
+    "branch": "code behind the flag",
+    "opaque": "something that could not be seen",
+}
+
+
+def verdict(report: Report) -> str:
+    if report.effect == "unknown":
+        return "could not run the model"
+    if report.effect == "none":
+        text = "eval() changes nothing here"
+        if report.eval_is_random:
+            text += ", but outputs are random in both modes"
+        return text + "."
+    counts = {cause: sum(site.cause == cause for site in report.sites) for cause in report.causes}
+    listed = ", ".join(
+        f"{_WORDS[cause]} ({counts[cause]})" if counts[cause] else _WORDS[cause]
+        for cause in _WORDS
+        if cause in counts
+    )
+    text = f"eval() changes the outputs: it turns off {listed}"
+    if report.eval_is_random:
+        text += "; outputs stay random in eval mode"
+    return text + "."

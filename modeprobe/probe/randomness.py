@@ -1,0 +1,73 @@
+"""Random states of torch (all devices), Python and numpy: read, put back, set."""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+
+def _accelerator() -> Any:
+    """torch.cuda once it is in use, else None."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return torch.cuda
+    return None
+
+
+class RandomState:
+    """Every global random state at one moment. Two states compare equal when all streams stand alike."""
+
+    def __init__(self) -> None:
+        self.torch = torch.get_rng_state()
+        device = _accelerator()
+        self.device = device.get_rng_state_all() if device else None
+        self.python = random.getstate()
+        numpy = sys.modules.get("numpy.random")
+        self.numpy = numpy.get_state() if numpy else None
+
+    def restore(self) -> None:
+        torch.set_rng_state(self.torch)
+        device = _accelerator()
+        if device and self.device is not None:
+            device.set_rng_state_all(self.device)
+        random.setstate(self.python)
+        if self.numpy is not None:
+            sys.modules["numpy.random"].set_state(self.numpy)
+
+    def moved(self) -> tuple[str, ...]:
+        """Names of the streams that have moved since: "torch", "python", "numpy"."""
+        now = RandomState()
+        names = []
+        pairs = zip(self.device or [], now.device or [], strict=False)
+        same_device = all(torch.equal(a, b) for a, b in pairs)
+        if not (torch.equal(self.torch, now.torch) and same_device):
+            names.append("torch")
+        if self.python != now.python:
+            names.append("python")
+        if self.numpy is not None and now.numpy is not None:
+            ours, theirs = self.numpy, now.numpy
+            if ours[0] != theirs[0] or bool((ours[1] != theirs[1]).any()) or ours[2:] != theirs[2:]:
+                names.append("numpy")
+        return tuple(names)
+
+
+def seed_everything(seed: int) -> None:
+    torch.manual_seed(seed)
+    random.seed(seed)
+    numpy = sys.modules.get("numpy.random")
+    if numpy:
+        numpy.seed(seed % 2**32)
+
+
+@contextmanager
+def preserved() -> Iterator[RandomState]:
+    """Put every random state back at the end, also after an exception."""
+    state = RandomState()
+    try:
+        yield state
+    finally:
+        state.restore()
