@@ -11,6 +11,9 @@ from modeprobe._version import __version__
 from modeprobe.ops.backend import backend
 
 if TYPE_CHECKING:
+    from modeprobe import functional as functional
+    from modeprobe import mask as mask
+    from modeprobe import nn as nn
     from modeprobe.info import info as info
     from modeprobe.probe.api import probe as probe
     from modeprobe.swap import restore as restore
@@ -24,7 +27,9 @@ _LAZY: dict[str, str] = {
     "swap": "modeprobe.swap",
 }
 
-__all__ = ["__version__", "backend", *_LAZY]
+_LAZY_MODULES = ("functional", "mask", "nn")
+
+__all__ = ["__version__", "backend", *_LAZY, *_LAZY_MODULES]
 
 
 def __getattr__(name: str) -> Any:
@@ -32,6 +37,8 @@ def __getattr__(name: str) -> Any:
         value = getattr(importlib.import_module(_LAZY[name]), name)
         globals()[name] = value
         return value
+    if name in _LAZY_MODULES:
+        return importlib.import_module(f"modeprobe.{name}")
     raise AttributeError(f"module 'modeprobe' has no attribute {name!r}")
 
 
@@ -47,4 +54,4 @@ sys.modules[__name__].__class__ = _Package
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_LAZY})
+    return sorted({*globals(), *_LAZY, *_LAZY_MODULES})

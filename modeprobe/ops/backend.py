@@ -7,6 +7,8 @@ import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
+
 from modeprobe import _extension
 
 BACKENDS = ("auto", "native", "triton", "reference")
@@ -78,15 +80,28 @@ def _automatic(device_type: str) -> str:
     return "reference"
 
 
+def _resolve(selected: str, device_type: str) -> str:
+    if selected == "auto":
+        return _automatic(device_type)
+    reason = why_not(selected, device_type)
+    if reason is not None:
+        raise RuntimeError(f"backend {selected!r} cannot be used on {device_type!r} tensors: {reason}")
+    return selected
+
+
+# What torch.compiler.assume_constant_result does, without importing torch._dynamo for it.
+_resolve._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def resolve(device_type: str) -> str:
     """The backend in force for tensors on ``device_type``: "native", "triton" or "reference".
 
     Raises:
         RuntimeError: the backend asked for cannot run there; the message says why and what to do.
     """
+    if torch.compiler.is_compiling():
+        # Dynamo guards on `_selected`, read here, and need not look into the rest.
+        return _resolve(_selected, device_type)
     if _selected == "auto":
         return _automatic(device_type)
-    reason = why_not(_selected, device_type)
-    if reason is not None:
-        raise RuntimeError(f"backend {_selected!r} cannot be used on {device_type!r} tensors: {reason}")
-    return _selected
+    return _resolve(_selected, device_type)

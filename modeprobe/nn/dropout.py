@@ -1,0 +1,41 @@
+"""Dropout modules: torch's own, with modeprobe's kernels."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from modeprobe import functional as F
+
+
+class Dropout(nn.Dropout):
+    """:class:`torch.nn.Dropout` on :func:`modeprobe.functional.dropout`.
+
+    Args:
+        p: drop probability in [0, 1]; may be assigned later, also a tensor with one element.
+        inplace: write the result into the input.
+        scaling: "inverted" scales kept elements by ``1 / (1 - p)`` in training and leaves evaluation alone;
+            "classic" leaves training alone and multiplies by ``1 - p`` in evaluation.
+
+    Raises:
+        ValueError: ``p`` is outside [0, 1], or ``scaling`` is neither.
+
+    Shape:
+        any, and the same for the output; float16, bfloat16, float32 or float64.
+    """
+
+    # A class attribute, so that a torch.nn.Dropout whose class is changed to this one has it.
+    scaling = "inverted"
+
+    def __init__(self, p: float = 0.5, inplace: bool = False, *, scaling: str = "inverted") -> None:
+        super().__init__(p, inplace)
+        if scaling not in ("inverted", "classic"):
+            raise ValueError(f'Dropout: scaling must be "inverted" or "classic", got {scaling!r}')
+        if scaling != "inverted":
+            self.scaling = scaling
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.dropout(input, self.p, self.training, self.inplace, scaling=self.scaling)
+
+    def extra_repr(self) -> str:
+        base = super().extra_repr()
+        return base if self.scaling == "inverted" else f"{base}, scaling={self.scaling!r}"
