@@ -260,9 +260,32 @@ def hot_path(instructions: list[Instruction]) -> list[Instruction] | None:
     return [one for number in best[1] for one in blocks[number]]
 
 
+def straight_path(instructions: list[Instruction]) -> list[Instruction] | None:
+    """The usual pass through a kernel without such a loop: from its entry, through its first barrier (where a
+    block agrees on what it found) and its 16-byte stores, to an exit. None if it stores no 16 bytes."""
+    blocks, successors = _blocks(instructions)
+    costs = [len(block) for block in blocks]
+    everywhere = range(len(blocks))
+    storing = [n for n in everywhere if any(o.name == "STG" and ".128" in o.opcode for o in blocks[n])]
+    barriers = [n for n in everywhere if any(one.name == "BAR" for one in blocks[n])]
+    exits = [n for n in everywhere if any(one.name == "EXIT" for one in blocks[n])]
+    if not storing or not exits:
+        return None
+    path = [0]
+    for goal in [*barriers[:1], *storing]:
+        step = _cheapest(costs, successors, everywhere, path[-1], goal)
+        if step:
+            path += step[1][1:]
+    ends = [found for end in exits if (found := _cheapest(costs, successors, everywhere, path[-1], end))]
+    if ends:
+        path += min(ends)[1][1:]
+    return [one for number in path for one in blocks[number]]
+
+
 def instructions_per_element(instructions: list[Instruction], itemsize: int) -> float | None:
-    """SASS instructions per element of ``itemsize`` bytes in the kernel's hot loop; None without one."""
-    path = hot_path(instructions)
+    """SASS instructions per element of ``itemsize`` bytes in the kernel's hot loop or, in a kernel without a
+    loop, from entry to exit; None where neither moves 16 bytes at a time."""
+    path = hot_path(instructions) or straight_path(instructions)
     if path is None:
         return None
     widest = max(

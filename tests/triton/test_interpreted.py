@@ -1,0 +1,28 @@
+"""Runs the tests of the folder `interpreted`, each file in a process where Triton interprets its kernels."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.rung("triton")
+
+FOLDER = Path(__file__).parent / "interpreted"
+
+
+@pytest.mark.parametrize("file", sorted(path.name for path in FOLDER.glob("test_*.py")))
+def test_in_a_process_that_interprets(file):
+    pytest.importorskip("triton", reason="Triton is not installed: pip install 'modeprobe[triton]'")
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(FOLDER / file)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=500,
+        cwd=FOLDER.parents[2],
+    )
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout, "nothing ran"
