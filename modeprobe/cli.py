@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from enum import Enum
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -33,6 +35,37 @@ def _root(
     ] = False,
 ) -> None:
     pass
+
+
+class Section(str, Enum):
+    """Parts of the tour."""
+
+    dropout = "dropout"
+    batchnorm = "batchnorm"
+    models = "models"
+
+
+@app.command()
+def tour(
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="The HTML report to write.", dir_okay=False)
+    ] = Path("modeprobe-tour.html"),
+    only: Annotated[
+        list[Section] | None, typer.Option("--only", help="Take this part only; may be given more than once.")
+    ] = None,
+) -> None:
+    """Answer three questions about dropout and BatchNorm by measurement on this machine (a minute or two).
+
+    Where does dropout scale, and what does it cost? Which statistics does BatchNorm use in evaluation? What
+    does eval() change in a language model? Tables are printed, and one self-contained HTML page is written.
+    """
+    from modeprobe.tour import run
+
+    try:
+        taken = run(output, [section.value for section in only or ()])
+    except OSError as error:
+        raise typer.BadParameter(f"cannot write {output}: {error.strerror}", param_hint="--output") from None
+    raise typer.Exit(taken.exit_code)
 
 
 @app.command()
