@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from modeprobe import functional as F
+from modeprobe.nn._backend import on_own_backend
 
 
 class Dropout(nn.Dropout):
@@ -25,6 +26,7 @@ class Dropout(nn.Dropout):
 
     # A class attribute, so that a torch.nn.Dropout whose class is changed to this one has it.
     scaling = "inverted"
+    backend: str | None = None
 
     def __init__(self, p: float = 0.5, inplace: bool = False, *, scaling: str = "inverted") -> None:
         super().__init__(p, inplace)
@@ -33,6 +35,7 @@ class Dropout(nn.Dropout):
         if scaling != "inverted":
             self.scaling = scaling
 
+    @on_own_backend
     def forward(self, input: Tensor) -> Tensor:
         return F.dropout(input, self.p, self.training, self.inplace, scaling=self.scaling)
 

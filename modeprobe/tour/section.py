@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -38,10 +37,11 @@ def missing(packages: dict[str, str]) -> Missing | None:
 def interleaved(
     works: dict[str, Callable[[], object]], seconds: float, repeat: int = 1, at_least: int = 5
 ) -> dict[str, float]:
-    """Median seconds per call of each work.
+    """Shortest seconds per call of each work.
 
-    Works take turns, so that what else the machine does meets all of them alike. The first round, which
-    warms up, is not counted; rounds go on for ``seconds``, ``at_least`` so many.
+    Works take turns, so that what else the machine does meets all of them alike; the shortest time is the one
+    that it disturbed least. The first round, which warms up, is not counted; rounds go on for ``seconds``,
+    ``at_least`` so many.
     """
     times: dict[str, list[float]] = {name: [] for name in works}
     end = time.perf_counter() + seconds
@@ -54,7 +54,7 @@ def interleaved(
             if rounds:
                 times[name].append((time.perf_counter() - start) / repeat)
         rounds += 1
-    return {name: statistics.median(values) for name, values in times.items()}
+    return {name: min(values) for name, values in times.items()}
 
 
 def percent(share: float) -> str:

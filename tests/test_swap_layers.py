@@ -1,0 +1,190 @@
+"""Swapped models with modeprobe's own layers: same semantics, and bitwise back."""
+
+import copy
+import io
+
+import pytest
+import torch
+from torch import nn
+
+import modeprobe as mp
+import modeprobe.nn as ours
+from modeprobe.ops import backend as backends
+from modeprobe.swap import SWAPPED
+
+pytestmark = pytest.mark.rung("reference")
+
+NAMES = [name for name in SWAPPED if hasattr(ours, name) and name != "SyncBatchNorm"]
+DROPOUTS = [name for name in NAMES if "Dropout" in name]
+NORMS = [name for name in NAMES if "Norm" in name]
+SHAPES = {"1d": (6, 4, 8), "2d": (6, 4, 5, 5), "3d": (6, 4, 3, 4, 5)}
+
+
+def layer(name, module=nn):
+    return getattr(module, name)(4 if "Norm" in name else 0.5)
+
+
+def sample(name):
+    return torch.randn(SHAPES.get(name[-2:], (6, 4, 8)))
+
+
+def everything(model):
+    return [*model.parameters(), *model.buffers()]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_restored_is_bitwise_what_it_was(name):
+    model = nn.Sequential(nn.Identity(), layer(name))
+    x = sample(name)
+    model(x)
+    model[1].register_forward_hook(lambda *_: None)
+    state, tensors = copy.deepcopy(model.state_dict()), everything(model)
+    keys = {path: dict(module.__dict__) for path, module in model.named_modules()}
+    twin = copy.deepcopy(model)
+    report = mp.swap(model)
+    assert type(model[1]) is getattr(ours, name)
+    assert isinstance(model[1], getattr(nn, name))
+    assert [left.kind for left in report.left] == []
+    report.undo()
+    assert {path: dict(module.__dict__) for path, module in model.named_modules()} == keys
+    assert all(a is b for a, b in zip(everything(model), tensors, strict=True))
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, state[key]), key
+    for mode in (True, False):
+        outputs = []
+        for each in (model, twin):
+            torch.manual_seed(3)
+            outputs.append(each.train(mode)(x))
+        assert torch.equal(*outputs)
+    assert all(torch.equal(a, b) for a, b in zip(everything(model), everything(twin), strict=True))
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_a_swapped_norm_does_what_torchs_does(name):
+    torchs = nn.Sequential(layer(name))
+    nn.init.uniform_(torchs[0].weight)
+    swapped = copy.deepcopy(torchs)
+    mp.swap(swapped)
+    exact = copy.deepcopy(torchs).double()
+    x = sample(name)
+    for mode in (True, True, False):
+        outputs, gradients = [], []
+        for model in (torchs, swapped, exact):
+            data = x.to(model[0].weight.dtype).requires_grad_()
+            output = model.train(mode)(data)
+            model.zero_grad()
+            output.square().sum().backward()
+            outputs.append(output.detach())
+            gradients.append([data.grad, model[0].weight.grad, model[0].bias.grad])
+        for theirs, mine, truth in zip(
+            [outputs[0], *gradients[0], *everything(torchs)],
+            [outputs[1], *gradients[1], *everything(swapped)],
+            [outputs[2], *gradients[2], *everything(exact)],
+            strict=True,
+        ):
+            allowed = 2 * (theirs.double() - truth).abs().max() + 2e-7 * truth.double().abs().max()
+            assert (mine.double() - truth).abs().max() <= allowed
+    assert swapped[0].num_batches_tracked == 2
+
+
+@pytest.mark.parametrize("name", DROPOUTS)
+def test_a_swapped_dropout_drops_and_keeps_the_mean(name):
+    model = nn.Sequential(layer(name))
+    mp.swap(model)
+    x = sample(name).repeat(64, *[1] * (sample(name).dim() - 1))
+    assert torch.equal(model.eval()(x), x)
+    assert model[0].p == 0.5
+    y = model.train()(x)
+    assert not torch.equal(y, x)
+    model[0].p = 0.0
+    torch.testing.assert_close(model(x), x)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_copies_pickles_and_state_dicts(name):
+    model = nn.Sequential(layer(name))
+    plain = copy.deepcopy(model)
+    mp.swap(model)
+    model(sample(name))
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    for twin in (copy.deepcopy(model), torch.load(buffer, weights_only=False)):
+        assert type(twin[0]) is getattr(ours, name)
+        assert all(torch.equal(a, b) for a, b in zip(everything(twin), everything(model), strict=True))
+        twin(sample(name))
+        assert mp.restore(twin) == 1
+        twin(sample(name))
+    assert list(plain.state_dict()) == list(model.state_dict())
+    plain.load_state_dict(model.state_dict(), strict=True)
+    assert all(torch.equal(a, b) for a, b in zip(everything(plain), everything(model), strict=True))
+
+
+def network():
+    layers = [nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout2d(0.2)]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(144, 8), nn.BatchNorm1d(8), nn.Dropout(0.2))
+
+
+def test_an_optimizer_made_before_swap_trains_the_swapped_model():
+    model = network()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    mp.swap(model)
+    x, target = torch.randn(16, 1, 8, 8), torch.randn(16, 8)
+    losses = []
+    for _ in range(30):
+        optimizer.zero_grad()
+        loss = (model(x) - target).square().mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
+    before = model.eval()(x)
+    mp.restore(model)
+    torch.testing.assert_close(model(x), before, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_swapped_model_compiles_into_one_graph():
+    model = network()
+    compiled = torch.compile(model, fullgraph=True)
+    x = torch.randn(4, 1, 8, 8)
+    mp.swap(model.eval())
+    torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
+    model.train()
+    tracked = model[1].running_mean.clone() if hasattr(model[1], "running_mean") else None
+    compiled(x).sum().backward()
+    assert tracked is None or not torch.equal(model[1].running_mean, tracked)
+    mp.restore(model.eval())
+    torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_backend_chosen_for_a_model_is_used(name, monkeypatch):
+    honest, used = backends.resolve, []
+
+    def spy(device_type):
+        used.append(honest(device_type))
+        return used[-1]
+
+    monkeypatch.setattr(backends, "resolve", spy)
+    model = nn.Sequential(layer(name))
+    report = mp.swap(model, backend="reference")
+    assert report.backends == {"cpu": "reference"}
+    used.clear()
+    model(sample(name))
+    assert set(used) == {"reference"}
+    mp.restore(model)
+    mp.swap(model)
+    used.clear()
+    model(sample(name))
+    assert set(used) == {backends.resolve("cpu")}
+
+
+def test_the_probe_sees_through_a_swap():
+    model = network()
+    x = torch.randn(4, 1, 8, 8)
+    before = mp.probe(model, x)
+    mp.swap(model)
+    after = mp.probe(model, x)
+    assert (after.effect, after.train_is_random, after.eval_is_random) == ("differs", True, False)
+    assert after.causes == before.causes
