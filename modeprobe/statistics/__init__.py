@@ -1,0 +1,23 @@
+"""Where BatchNorm's running statistics come from, how far off they are, and exact ones instead."""
+
+from modeprobe.statistics.drift import drift
+from modeprobe.statistics.recalibrate import recalibrate
+from modeprobe.statistics.report import (
+    Change,
+    DriftReport,
+    Effect,
+    LayerDrift,
+    RecalibratedLayer,
+    RecalibrationReport,
+)
+
+__all__ = [
+    "Change",
+    "DriftReport",
+    "Effect",
+    "LayerDrift",
+    "RecalibratedLayer",
+    "RecalibrationReport",
+    "drift",
+    "recalibrate",
+]

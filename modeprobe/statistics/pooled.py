@@ -1,0 +1,205 @@
+"""Exact moments over many batches: (n, mean, M2) per channel, merged by Chan's formula.
+
+T. F. Chan, G. H. Golub, R. J. LeVeque, "Updating formulae and a pairwise algorithm for computing sample
+variances" (1979). The result does not depend on how the values were cut into batches, except for round-off.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Moments(NamedTuple):
+    """Counts, means and sums of squared deviations from the mean; each of shape (channels,)."""
+
+    n: Tensor
+    mean: Tensor
+    m2: Tensor
+
+    def variance(self, correction: int = 1) -> Tensor:
+        """m2 / (n - correction); NaN where that many values were not seen."""
+        degrees = self.n - correction
+        return torch.where(degrees > 0, self.m2 / degrees.clamp(min=1e-300), torch.nan)
+
+
+def accumulator_dtype(device: torch.device) -> torch.dtype:
+    """float64, where the device has it."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def channel_view(values: Tensor, x: Tensor) -> Tensor:
+    """`values` (C,) shaped to broadcast over `x` (N, C, ...)."""
+    return values.view(1, -1, *(1,) * (x.dim() - 2))
+
+
+def batch_moments(x: Tensor) -> tuple[int, Tensor, Tensor]:
+    """Values per channel, mean and M2 of one activation `x` (N, C, ...), any floating dtype and layout.
+
+    Deviations are taken from the channel means, so that |mean| / std up to 1e4 in float32 costs no digits:
+    mean and M2 come back in float64 (float32 on devices without it).
+    """
+    n = x.numel() // x.size(1) if x.numel() else 0
+    dtype = accumulator_dtype(x.device)
+    if n == 0:
+        zero = torch.zeros(x.size(1), dtype=dtype, device=x.device)
+        return 0, zero, zero
+    dims = [0, *range(2, x.dim())]
+    work = torch.float64 if x.dtype == torch.float64 else torch.float32
+    shift = x.mean(dims, dtype=work)
+    deviation = x - channel_view(shift, x)
+    if x.device.type in ("cpu", "cuda"):
+        mean, variance = torch.batch_norm_update_stats(deviation, None, None, 0.0)
+        m2 = variance.to(dtype) * n
+    else:
+        mean = deviation.mean(dims)
+        m2 = (deviation - channel_view(mean, x)).square_().sum(dims).to(dtype)
+    return n, mean.to(dtype) + shift.to(dtype), m2
+
+
+def merge(a: Moments, b: Moments) -> Moments:
+    """Moments of the union. Either side may be empty (n = 0)."""
+    n = a.n + b.n
+    weight = b.n / n.clamp(min=1e-300)
+    delta = b.mean - a.mean
+    return Moments(n, a.mean + delta * weight, a.m2 + b.m2 + delta.square() * a.n * weight)
+
+
+class Pool:
+    """Pooled moments of many layers' channels, side by side in flat vectors of length sum(channels).
+
+    One batch costs a few element-wise operations however many layers there are; nothing is read back.
+
+    channels   number of channels of each layer
+    momentum   None: every value weighs the same. Otherwise the weight of what came before shrinks by
+               (1 - momentum) with each batch.
+    last       keep only the last so many calls of each layer
+    """
+
+    def __init__(
+        self,
+        channels: list[int],
+        device: torch.device,
+        momentum: float | None = None,
+        last: int | None = None,
+    ):
+        self.channels, self.device, self.momentum = channels, device, momentum
+        self.dtype = accumulator_dtype(device)
+        self.starts = [0]
+        for count in channels:
+            self.starts.append(self.starts[-1] + count)
+        self.total = self.zeros()
+        self.skipped = torch.zeros(self.starts[-1], dtype=self.dtype, device=device)
+        self.calls = [0] * len(channels)
+        self.recent: list[deque] | None = [deque(maxlen=last) for _ in channels] if last else None
+        self._waiting: list[tuple[int, int, Tensor, Tensor]] = []
+        self._indices: dict[tuple, tuple[Tensor | None, Tensor]] = {}
+
+    def zeros(self) -> Moments:
+        return Moments(*torch.zeros(3, self.starts[-1], dtype=self.dtype, device=self.device))
+
+    def span(self, layer: int) -> slice:
+        return slice(self.starts[layer], self.starts[layer + 1])
+
+    def add(self, layer: int, n: int, mean: Tensor, m2: Tensor) -> None:
+        """Note one call of a layer; merged by the next `flush`."""
+        self._waiting.append((layer, n, mean, m2))
+
+    def flush(self) -> None:
+        """Merge what waits: one round per repeated call of a layer, in the order of the calls."""
+        waiting, self._waiting = self._waiting, []
+        while waiting:
+            seen: set[int] = set()
+            round_: list[tuple[int, int, Tensor, Tensor]] = []
+            rest: list[tuple[int, int, Tensor, Tensor]] = []
+            for call in waiting:
+                (rest if call[0] in seen else round_).append(call)
+                seen.add(call[0])
+            self._round(sorted(round_, key=lambda call: call[0]))
+            waiting = rest
+
+    def _round(self, calls: list[tuple[int, int, Tensor, Tensor]]) -> None:
+        index, n = self._positions(tuple(call[0] for call in calls), tuple(call[1] for call in calls))
+        mean = torch.cat([call[2].to(self.device, self.dtype) for call in calls])
+        m2 = torch.cat([call[3].to(self.device, self.dtype) for call in calls])
+        finite = mean.isfinite() & m2.isfinite()
+        batch = Moments(n * finite, torch.where(finite, mean, 0), torch.where(finite, m2, 0))
+        for layer, count, *_ in calls:
+            self.calls[layer] += 1 if count else 0
+        self.update(index, batch, ~finite)
+        if self.recent is not None:
+            start = 0
+            for layer, *_ in calls:
+                stop = start + self.channels[layer]
+                self.recent[layer].append(Moments(*(part[start:stop] for part in batch)))
+                start = stop
+
+    def _positions(self, layers: tuple[int, ...], counts: tuple[int, ...]) -> tuple[Tensor | None, Tensor]:
+        """Where the layers stand in the flat vectors (None: they fill them), and the counts per channel."""
+        found = self._indices.get((layers, counts))
+        if found is None:
+            sizes = torch.tensor([self.channels[layer] for layer in layers])
+            n = torch.tensor(counts, dtype=torch.float64).repeat_interleave(sizes)
+            index = None
+            if len(layers) < len(self.channels):
+                index = torch.cat([torch.arange(self.starts[i], self.starts[i + 1]) for i in layers])
+                index = index.to(self.device)
+            found = self._indices[layers, counts] = (index, n.to(self.device, self.dtype))
+        return found
+
+    def update(self, index: Tensor | None, batch: Moments, nonfinite: Tensor) -> None:
+        """Take in one batch; `index` as in `_positions`. Channels that are not finite count as skipped."""
+        old = gather(self.total, index)
+        if self.momentum is not None:
+            keep = torch.where(batch.n > 0, 1 - self.momentum, 1.0)
+            old = Moments(old.n * keep, old.mean, old.m2 * keep)
+        scatter(self.total, index, merge(old, batch))
+        self.skipped[slice(None) if index is None else index] += nonfinite.to(self.dtype)
+
+    def result(self) -> Moments:
+        """The pooled moments, flat."""
+        self.flush()
+        if self.recent is None:
+            return self.total
+        total = self.zeros()
+        for layer, batches in enumerate(self.recent):
+            pooled = gather(total, self.span(layer))
+            for batch in batches:
+                if self.momentum is not None:
+                    keep = torch.where(batch.n > 0, 1 - self.momentum, 1.0)
+                    pooled = Moments(pooled.n * keep, pooled.mean, pooled.m2 * keep)
+                pooled = merge(pooled, batch)
+            scatter(total, self.span(layer), pooled)
+        return total
+
+    def layer(self, layer: int, moments: Moments | None = None) -> Moments:
+        """One layer's part of `moments`, by default of everything taken in so far."""
+        return gather(self.result() if moments is None else moments, self.span(layer))
+
+
+def gather(moments: Moments, index: Tensor | slice | None) -> Moments:
+    return moments if index is None else Moments(*(part[index] for part in moments))
+
+
+def scatter(moments: Moments, index: Tensor | slice | None, values: Moments) -> None:
+    for part, value in zip(moments, values, strict=True):
+        part[slice(None) if index is None else index] = value
+
+
+def compare(
+    running_mean: Tensor, running_var: Tensor, mean: Tensor, variance: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """How far running statistics are from (unbiased) population statistics, per channel, in float64:
+    (running_mean - mean) / sqrt(variance + eps) and log((running_var + eps) / (variance + eps))."""
+    variance = variance.double() + eps
+    shift = (running_mean.double() - mean.double()) / variance.sqrt()
+    return shift, ((running_var.double() + eps) / variance).log()
+
+
+def rms(values: Tensor) -> float:
+    """Root mean square over the finite values; NaN if there is none."""
+    values = values[values.isfinite()]
+    return float(values.square().mean().sqrt()) if values.numel() else float("nan")

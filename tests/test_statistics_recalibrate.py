@@ -1,0 +1,373 @@
+"""Recalibrated buffers against float64 `var_mean` of the concatenated activations; nothing else changes."""
+
+import copy
+import random
+
+import pytest
+import torch
+from torch import nn
+
+from modeprobe.statistics import recalibrate
+from modeprobe.statistics.pooled import batch_moments
+
+pytestmark = pytest.mark.rung("reference")
+
+MIXED = (1, 2, 1024, 1, 37)
+
+
+def population(parts):
+    """Mean and unbiased variance per channel of all values, in float64."""
+    values = torch.cat([part.detach().double().transpose(0, 1).flatten(1) for part in parts], 1)
+    return values.mean(1), values.var(1)
+
+
+def close(layer, parts, rtol=1e-5):
+    mean, variance = population(parts)
+    scale = variance.sqrt()
+    # a float32 mean cannot be nearer than its own rounding
+    assert ((layer.running_mean.double() - mean).abs() <= rtol * scale + 2**-24 * mean.abs()).all()
+    torch.testing.assert_close(layer.running_var.double(), variance, rtol=rtol, atol=0)
+
+
+def state(model):
+    """Everything that must not change, bit for bit: NaN-proof."""
+    entries = model.state_dict().items()
+    tensors = {name: tensor.clone().view(torch.uint8) for name, tensor in entries if tensor.dim()}
+    counters = {name: int(tensor) for name, tensor in entries if not tensor.dim()}
+    return tensors, counters, [module.training for module in model.modules()]
+
+
+def same(a, b):
+    return a[1:] == b[1:] and all(torch.equal(a[0][name], b[0][name]) for name in a[0] | b[0])
+
+
+class Probe(nn.Module):
+    """Keeps what it is given, then normalises."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer, self.seen = layer, []
+
+    def forward(self, x):
+        self.seen.append(x.detach().clone())
+        return self.layer(x)
+
+
+def two_layers():
+    return nn.Sequential(nn.Linear(5, 7), nn.BatchNorm1d(7), nn.ReLU(), nn.Linear(7, 3), nn.BatchNorm1d(3))
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e2, 1e4])
+@pytest.mark.parametrize("order", ["shuffled", "sorted"])
+def test_offset_and_order(offset, order):
+    layer = nn.BatchNorm1d(6)
+    data = torch.randn(sum(MIXED), 6) * torch.tensor([1, 2, 0.5, 1, 1, 3]) + offset
+    if order == "sorted":
+        data = data.sort(0).values
+    batches = data.split(MIXED)
+    report = recalibrate(layer, batches)
+    close(layer, batches)
+    assert layer.num_batches_tracked == len(MIXED)
+    assert report.layers[0].values == len(data)
+
+
+@pytest.mark.parametrize("format_", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_layouts_and_dtypes(format_, dtype):
+    layer = nn.BatchNorm2d(5).to(dtype)
+    batches = [
+        (torch.randn(n, 5, 3, 7, dtype=dtype) + torch.arange(5).view(1, 5, 1, 1) * 2500).to(
+            memory_format=format_
+        )
+        for n in (1, 2, 40)
+    ]
+    recalibrate(layer, batches)
+    close(layer, batches, rtol=1e-5 if dtype == torch.float32 else 1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_inputs_pool_in_float32(dtype):
+    """Half-precision activations, float32 buffers: as under autocast."""
+    layer = nn.BatchNorm2d(4)
+    batches = [(torch.randn(n, 4, 5, 5) + 3).to(dtype) for n in (2, 30)]
+    recalibrate(layer, batches)
+    close(layer, batches)
+
+
+def test_lower_layers_normalise_with_the_batch():
+    """One pass: the second layer's population lies behind batch statistics, as in a training forward."""
+    model = two_layers()
+    batches = [torch.randn(n, 5) * 2 + 1 for n in (4, 64)]
+    recalibrate(model, batches)
+    inputs = []
+    trained = copy.deepcopy(model).train()
+    trained[4].register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+    for batch in batches:
+        trained(batch)
+    close(model[1], [model[0](batch) for batch in batches])
+    close(model[4], inputs)
+
+
+@pytest.mark.parametrize("sizes", [(1, 2, 64), (1, 1, 1, 1, 63)])
+def test_layerwise_is_the_population_of_evaluation(sizes):
+    """Behind recalibrated layers batches do not matter, and evaluation sees exactly that population."""
+    model = two_layers()
+    data = torch.randn(sum(sizes), 5).sort(0).values * 3
+    recalibrate(model, data.split(sizes), layerwise=True)
+    model.eval()
+    close(model[1], [model[0](data)])
+    close(model[4], [model[:4](data)])
+    assert model[1].num_batches_tracked == len(sizes)
+
+
+def test_single_values_use_what_is_pooled():
+    """A batch of one value per channel is normalised with the pooled statistics, its own value included."""
+    model = two_layers()
+    first, single = torch.randn(30, 5), torch.randn(1, 5)
+    recalibrate(model, [first, single])
+    hidden = [model[0](first).double(), model[0](single).double()]
+    mean, variance = hidden[0].mean(0), hidden[0].var(0, correction=0)
+    pooled = torch.cat(hidden)
+    behind = [
+        (hidden[0] - mean) / (variance + 1e-5).sqrt(),
+        (hidden[1] - pooled.mean(0)) / (pooled.var(0, correction=0) + 1e-5).sqrt(),
+    ]
+    close(model[4], [model[3](part.float().relu()) for part in behind], rtol=2e-5)
+
+
+def test_reused_layer():
+    probe = Probe(nn.BatchNorm1d(4))
+
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.probe, self.linear = probe, nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.probe(self.linear(self.probe(x)) * 3)
+
+    model = Twice()
+    batches = [torch.randn(n, 4) + 1 for n in (8, 3, 1)]
+    recalibrate(model, batches)
+    close(probe.layer, probe.seen)
+    assert probe.layer.num_batches_tracked == 6
+    probe.seen.clear()
+    recalibrate(model, batches, layerwise=True)
+    close(probe.layer, probe.seen[6:])  # the first six calls are those that find the order
+
+
+def test_heals_nan_and_writes_in_place():
+    layer = nn.BatchNorm1d(3)
+    layer.running_mean.fill_(torch.nan)
+    layer.running_var.fill_(torch.inf)
+    buffers = dict(layer.named_buffers())
+    data = torch.randn(50, 3)
+    recalibrate(layer, data.split(13))
+    close(layer, [data])
+    assert all(getattr(layer, name) is buffer for name, buffer in buffers.items())
+
+
+def test_nonfinite_batches():
+    data = torch.randn(40, 3)
+    bad = torch.randn(10, 3)
+    bad[3, 1] = torch.nan
+    layer = nn.BatchNorm1d(3)
+    with pytest.warns(RuntimeWarning, match="1 of 3 batches"):
+        report = recalibrate(layer, [data[:20], bad, data[20:]])
+    mean, variance = population([data, bad])
+    clean_mean, clean_variance = population([data])
+    mean[1], variance[1] = clean_mean[1], clean_variance[1]
+    torch.testing.assert_close(layer.running_mean.double(), mean, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(layer.running_var.double(), variance, rtol=1e-5, atol=0)
+    assert report.layers[0].left_out == 1
+    before = state(layer)
+    with pytest.raises(ValueError, match="1 of 3 batches gave NaN or Inf; nothing was written"):
+        recalibrate(layer, [data[:20], bad, data[20:]], nonfinite="raise")
+    with pytest.raises(ValueError, match="no finite batch"):
+        recalibrate(layer, [bad])
+    assert same(before, state(layer))
+
+
+def frozen_model(kind):
+    model = two_layers()
+    for _ in range(3):
+        model(torch.randn(8, 5))
+    if kind == "mode":
+        model.train()
+        model[1].eval()
+    elif kind == "parameters":
+        model.eval()
+        model[1].requires_grad_(False)
+    return model
+
+
+@pytest.mark.parametrize("kind", ["mode", "parameters"])
+@pytest.mark.parametrize("layerwise", [False, True])
+def test_frozen_layers_are_left_alone_and_used(kind, layerwise):
+    model = frozen_model(kind)
+    before = state(model[1])
+    batches = [torch.randn(n, 5) + 2 for n in (8, 30)]
+    report = recalibrate(model, batches, layerwise=layerwise)
+    assert same(before, state(model[1]))
+    assert report.layers[0].state.startswith("frozen")
+    frozen = copy.deepcopy(model).eval()
+    close(model[4], [frozen[:4](batch) for batch in batches])
+    recalibrate(model, batches, layers=["1"])
+    close(model[1], [model[0](batch) for batch in batches])
+
+
+def test_training_with_frozen_parameters_is_not_frozen_statistics():
+    """As in torch: requires_grad=False does not stop a layer in training from updating its statistics."""
+    model = two_layers()
+    model[1].requires_grad_(False)
+    assert recalibrate(model, [torch.randn(9, 5)]).layers[0].state == "recalibrated"
+
+
+def test_layers_without_running_statistics():
+    model = nn.Sequential(nn.BatchNorm1d(4, track_running_stats=False), nn.BatchNorm1d(4))
+    report = recalibrate(model, [torch.randn(9, 4)])
+    assert [row.state for row in report.layers] == ["no running statistics", "recalibrated"]
+    assert "BatchNorm" in recalibrate(nn.Linear(2, 2), [torch.randn(3, 2)]).verdict
+
+
+def test_modes_random_states_and_other_buffers_are_restored():
+    class Stateful(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("seen", torch.zeros(3))
+            self.norm, self.drop = nn.BatchNorm1d(4), nn.Dropout()
+            self.other = nn.InstanceNorm1d(4, track_running_stats=True)
+
+        def forward(self, x):
+            self.seen += 1
+            random.random()
+            return self.other(self.drop(self.norm(x)).unsqueeze(-1).expand(-1, -1, 3))
+
+    model = Stateful()
+    model.drop.training = False
+    before = state(model)
+    objects = dict(model.named_buffers())
+    loader = torch.utils.data.DataLoader(torch.randn(20, 4), batch_size=6, shuffle=True)
+    states = torch.get_rng_state(), random.getstate()
+    recalibrate(model, loader, mode="train")
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert random.getstate() == states[1]
+    assert all(buffer is objects[name] for name, buffer in model.named_buffers())
+    model.norm.reset_running_stats()
+    assert same(before, state(model))
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+@pytest.mark.parametrize("layerwise", [False, True])
+def test_interruption_leaves_the_model_bitwise(error, layerwise):
+    model = two_layers()
+    model(torch.randn(8, 5))
+    model[1].running_mean[0] = torch.nan
+    model[2].training = False
+    before = state(model)
+
+    class Loader:
+        walks = 0
+
+        def __iter__(self):
+            self.walks += 1
+            yield torch.randn(6, 5)
+            if self.walks >= (3 if layerwise else 1):
+                raise error("stop")
+
+    with pytest.raises(error):
+        recalibrate(model, Loader(), layerwise=layerwise)
+    assert same(before, state(model))
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_interrupted_inside_a_layer():
+    """Also between the hooks, where a layer's buffers are put aside."""
+    model = two_layers()
+    before, objects = state(model), dict(model.named_buffers())
+    model[1].register_forward_hook(lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt):
+        recalibrate(model, [torch.randn(6, 5)])
+    assert same(before, state(model))
+    assert all(buffer is objects[name] for name, buffer in model.named_buffers())
+
+
+def test_loaders():
+    data, target = torch.randn(24, 5), torch.zeros(24)
+    expected = two_layers()
+    recalibrate(expected, data.split(6))
+
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = copy.deepcopy(expected)
+
+        def forward(self, features, extra=None):
+            return self.inner(features)
+
+    def check(model, loader, **options):
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm1d):
+                module.reset_running_stats()
+        recalibrate(model, loader, **options)
+        inner = getattr(model, "inner", model)
+        torch.testing.assert_close(list(inner.buffers()), list(expected.buffers()))
+
+    plain = copy.deepcopy(expected)
+    check(plain, iter(data.split(6)))
+    check(plain, list(zip(data.split(6), target.split(6), strict=True)))
+    check(plain, torch.utils.data.DataLoader(torch.utils.data.TensorDataset(data, target), batch_size=6))
+    check(Named(), [{"features": part, "extra": 1} for part in data.split(6)])
+    check(plain, range(4), call=lambda model, i: model(data.split(6)[i]))
+    check(plain, [*data.split(6), data[:5]], batches=4)
+    with pytest.raises(TypeError, match="iterable of batches, got Tensor"):
+        recalibrate(plain, data)
+    with pytest.raises(ValueError, match="iterated again"):
+        recalibrate(plain, iter(data.split(6)), layerwise=True)
+    with pytest.raises(ValueError, match="no BatchNorm layer"):
+        recalibrate(plain, data.split(6), layers=["nowhere"])
+
+
+def test_last_and_momentum():
+    data = torch.randn(60, 3).split(10)
+    layer = nn.BatchNorm1d(3)
+    recalibrate(layer, data, last=2)
+    close(layer, data[-2:])
+    recalibrate(layer, data, momentum=0.25)
+    weights = torch.tensor([0.75**age for age in range(5, -1, -1)], dtype=torch.float64).repeat_interleave(10)
+    values = torch.cat(data).double()
+    mean = (weights[:, None] * values).sum(0) / weights.sum()
+    m2 = (weights[:, None] * (values - mean).square()).sum(0)
+    torch.testing.assert_close(layer.running_mean.double(), mean, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(layer.running_var.double(), m2 / (weights.sum() - 1), rtol=1e-5, atol=0)
+    recalibrate(layer, data[2:], momentum=0.25)
+    short = layer.running_var.clone()
+    recalibrate(layer, data, momentum=0.25, last=4)
+    torch.testing.assert_close(layer.running_var, short)
+    with pytest.raises(ValueError, match="momentum"):
+        recalibrate(layer, data, momentum=1.5)
+
+
+def test_wrappers_and_subclasses():
+    class Activated(nn.BatchNorm2d):
+        def forward(self, x):
+            return super().forward(x).relu()
+
+    model = nn.DataParallel(nn.Sequential(nn.Conv2d(2, 3, 1), Activated(3), nn.SyncBatchNorm(3)))
+    batches = [torch.randn(n, 2, 4, 4) for n in (3, 5)]
+    recalibrate(model, batches, layerwise=True)
+    inner = model.module.eval()
+    close(inner[1], [inner[0](batch) for batch in batches])
+    close(inner[2], [inner[:2](batch) for batch in batches])
+
+
+@pytest.mark.parametrize("shape", [(4096, 3), (64, 3, 9), (8, 3, 20, 20)])
+def test_moments_do_not_cancel(shape):
+    """A few roundings from float64 up to mean / std = 1e4, where E[x^2] - E[x]^2 has no digit left."""
+    x = torch.randn(shape) + 1e4
+    n, mean, m2 = batch_moments(x)
+    dims = [0, *range(2, len(shape))]
+    torch.testing.assert_close(mean, x.double().mean(dims), rtol=1e-10, atol=0)
+    torch.testing.assert_close(m2 / n, x.double().var(dims, correction=0), rtol=2e-6, atol=0)
+    assert batch_moments(torch.empty(0, 3))[0] == 0
+    assert batch_moments(torch.full(shape, 3.3))[2].eq(0).all()
