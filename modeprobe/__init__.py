@@ -16,13 +16,17 @@ if TYPE_CHECKING:
     from modeprobe import nn as nn
     from modeprobe.info import info as info
     from modeprobe.probe.api import probe as probe
+    from modeprobe.statistics import drift as drift
+    from modeprobe.statistics import recalibrate as recalibrate
     from modeprobe.swap import restore as restore
     from modeprobe.swap import swap as swap
 
 # Loaded where first used: `import modeprobe` stays as cheap as `import torch`.
 _LAZY: dict[str, str] = {
+    "drift": "modeprobe.statistics",
     "info": "modeprobe.info",
     "probe": "modeprobe.probe",
+    "recalibrate": "modeprobe.statistics",
     "restore": "modeprobe.swap",
     "swap": "modeprobe.swap",
 }
