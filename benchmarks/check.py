@@ -1,0 +1,135 @@
+"""Targets against measured figures: which are met."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from .results import Results
+
+COPY = "copy bandwidth"
+INSTRUCTIONS = "instructions per element"
+NO_GPU = "not yet run on a GPU"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One bound of one target.
+
+    Args:
+        bound: in words, such as ``"at least 30x torch"``.
+        measured: 20th, 50th and 80th percentile in the bound's unit; the median decides.
+        verdict: "met", "missed", "not measured", "not yet run on a GPU", or a row's own status when it
+            has no time.
+        row: the work that decided, where several match.
+        why: the reason of a miss, or of a figure that is absent.
+    """
+
+    family: str
+    device: str
+    text: str
+    bound: str
+    measured: list[float] | None
+    verdict: str
+    row: str = ""
+    why: str = ""
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def targets(path: Path | None = None) -> list[dict[str, Any]]:
+    file = path or Path(__file__).with_name("targets.json")
+    return json.loads(file.read_text())["rows"]
+
+
+def target_works(device: str) -> set[str]:
+    """Names, or patterns of names, of the works that targets for ``device`` speak of."""
+    return {row["work"] for row in targets() if row["device"] == device and "work" in row}
+
+
+def check(
+    results: Results,
+    rows: list[dict[str, Any]] | None = None,
+    instructions: Mapping[str, float] | None = None,
+) -> list[Verdict]:
+    """A verdict for each bound of each target.
+
+    Args:
+        results: a machine's results.
+        rows: targets; by default those of ``targets.json``.
+        instructions: instructions per element by kernel, for the targets that speak of them.
+    """
+    return [
+        judge(target, bound, results, instructions or {})
+        for target in (targets() if rows is None else rows)
+        for bound in target["bounds"]
+    ]
+
+
+def judge(
+    target: dict[str, Any], bound: dict[str, Any], results: Results, instructions: Mapping[str, float]
+) -> Verdict:
+    def verdict(measured: list[float] | None, word: str, row: str = "", why: str = "") -> Verdict:
+        reason = why or (target.get("why", "") if word == "missed" else "")
+        return Verdict(
+            target["family"], target["device"], target["text"], words(bound), measured, word, row, reason
+        )
+
+    if bound["against"] == INSTRUCTIONS:
+        count = instructions.get(target["work"])
+        if count is None:
+            return verdict(None, "not measured", why="needs the CUDA or Triton compilers: make kernels")
+        return verdict([count] * 3, "met" if count <= bound["at_most"] else "missed")
+    rows = matching(target, results)
+    if not rows:
+        return verdict(None, NO_GPU if target["device"] == "cuda" else "not measured")
+    bad = next((row for row in rows if row["status"] != "ok"), None)
+    if bad is not None:
+        return verdict(None, bad["status"], bad["work"], bad["reason"])
+    figures = [(figure, row["work"]) for row in rows if (figure := measured(row, bound)) is not None]
+    if not figures:
+        return verdict(None, "not measured", why=f"{bound['against']} has no time")
+    if "at_least" in bound:
+        worst, name = min(figures, key=lambda pair: pair[0][1])
+        met = worst[1] >= bound["at_least"]
+    else:
+        worst, name = max(figures, key=lambda pair: pair[0][1])
+        met = worst[1] <= bound["at_most"]
+    return verdict(worst, "met" if met else "missed", name if len(rows) > 1 else "")
+
+
+def matching(target: dict[str, Any], results: Results) -> list[dict[str, Any]]:
+    def fits(row: dict[str, Any]) -> bool:
+        if row["device"] != target["device"] or row["provider"] != "modeprobe":
+            return False
+        if "group" in target:
+            return any(fnmatchcase(group, target["group"]) for group in row["groups"])
+        return row["work"] == target["work"] or fnmatchcase(row["work"], target["work"])
+
+    return [row for row in results["results"] if fits(row)]
+
+
+def measured(row: dict[str, Any], bound: dict[str, Any]) -> list[float] | None:
+    """The row's figure in the bound's unit: a speed-up, a cost, or a share."""
+    if bound["against"] == COPY:
+        return row["of_copy"]
+    faster = row["ratios"].get(bound["against"])
+    if faster is None or "at_least" in bound:
+        return faster
+    return [1 / value for value in reversed(faster)]
+
+
+def words(bound: dict[str, Any]) -> str:
+    at_least = "at_least" in bound
+    value = bound["at_least"] if at_least else bound["at_most"]
+    limit = "at least" if at_least else "at most"
+    if bound["against"] == COPY:
+        return f"{limit} {value:.0%} of {COPY}"
+    if bound["against"] == INSTRUCTIONS:
+        return f"{limit} {value:g} {INSTRUCTIONS}"
+    return f"{limit} {value:g}x {bound['against']}" + ("" if at_least else "'s time")

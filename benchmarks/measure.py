@@ -1,0 +1,165 @@
+"""One work, all providers: set up, judged, warmed up, then raced."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+from . import memory
+from .compiled import first_line
+from .registry import Candidate, Problem, Unavailable, Work
+from .timing import Clock, Contender, Limits, Spread, clock_for, race, ratio
+
+MODEPROBE = "modeprobe"
+PEERS = ("torch", "torch.compile")
+
+
+@dataclass
+class Row:
+    """One provider's figures for one work.
+
+    Args:
+        status: "ok"; "wrong", the result differs from the reference; "failed", it raised; "unavailable",
+            it cannot do this work here. Only "ok" has times.
+        reason: why the status is not "ok", in words.
+        seconds: 20th, 50th, 80th percentile of the time per call.
+        fastest: the shortest sample.
+        ratios: time of another provider over this one's (above 1: this one is faster), round by round;
+            20th, 50th, 80th percentile.
+        of_copy: share of the bandwidth of a plain pass over the same tensor that this provider reaches
+            with the work's bytes.
+        saved_bytes: what autograd keeps of one forward pass.
+        peak_bytes: allocated on the CUDA device by one run.
+    """
+
+    work: str
+    provider: str
+    device: str
+    status: str = "ok"
+    reason: str = ""
+    note: str = ""
+    floor: bool = False
+    family: str = ""
+    mode: str = ""
+    shape: list[int] = field(default_factory=list)
+    dtype: str = ""
+    layout: str = ""
+    groups: list[str] = field(default_factory=list)
+    count: int = 1
+    elements: int = 0
+    bytes: int = 0
+    seconds: list[float] | None = None
+    fastest: float | None = None
+    rounds: int = 0
+    ratios: dict[str, list[float]] = field(default_factory=dict)
+    of_copy: list[float] | None = None
+    saved_bytes: int | None = None
+    peak_bytes: int | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def measure(
+    work: Work,
+    device: str,
+    limits: Limits,
+    *,
+    clock: Clock | None = None,
+    without: Sequence[str] = (),
+) -> list[Row]:
+    """Rows of all providers of a work. Never raises for a provider: its row says what went wrong.
+
+    Args:
+        clock: how a sample is timed; by default wall time, or CUDA events.
+        without: providers to leave out of this run.
+    """
+    try:
+        problem = work.setup(work, device)
+    except torch.OutOfMemoryError as error:
+        return [row(work, MODEPROBE, device, status="failed", reason=f"out of memory: {first_line(error)}")]
+    rows: dict[str, Row] = {}
+    ready: dict[str, Candidate] = {}
+    for name, setup in (*problem.candidates.items(), *problem.floors.items()):
+        floor = name in problem.floors
+        if name in without:
+            rows[name] = row(work, name, device, status="unavailable", reason="left out of this run")
+            continue
+        rows[name], candidate = prepare(work, device, name, setup, problem, floor)
+        if candidate is not None:
+            ready[name] = candidate
+    contenders = [Contender(name, candidate.run, candidate.context) for name, candidate in ready.items()]
+    try:
+        samples = race(contenders, clock or clock_for(device, work.elements), limits)
+    except torch.OutOfMemoryError as error:
+        return [row(work, MODEPROBE, device, status="failed", reason=f"out of memory: {first_line(error)}")]
+    for name, own in samples.items():
+        fill(rows[name], own, samples, work)
+    return list(rows.values())
+
+
+def prepare(
+    work: Work, device: str, name: str, setup: Any, problem: Problem, floor: bool
+) -> tuple[Row, Candidate | None]:
+    """Sets a provider up, runs it once, judges the result and counts its memory."""
+    own = row(work, name, device, floor=floor)
+    try:
+        candidate = setup()
+        with candidate.context():
+            outcome = candidate.run()
+            fault = None if floor else problem.verify(outcome)
+            if fault is None and not floor:
+                if candidate.forward is not None:
+                    own.saved_bytes = memory.saved_bytes(candidate.forward)
+                del outcome
+                if device == "cuda":
+                    own.peak_bytes = memory.peak_bytes(candidate.run)
+    except Unavailable as error:
+        own.status, own.reason = "unavailable", str(error)
+        return own, None
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        own.status, own.reason = "failed", f"{type(error).__name__}: {first_line(error)}"
+        return own, None
+    finally:
+        gc.collect()
+    own.note = candidate.note
+    if fault is not None:
+        own.status, own.reason = "wrong", fault
+        return own, None
+    return own, candidate
+
+
+def row(work: Work, provider: str, device: str, **fields: Any) -> Row:
+    return Row(
+        work=work.name,
+        provider=provider,
+        device=device,
+        family=work.family,
+        mode=work.mode,
+        shape=list(work.shape),
+        dtype=work.dtype,
+        layout=work.layout,
+        groups=list(work.groups),
+        count=work.count,
+        elements=work.elements,
+        bytes=work.bytes,
+        **fields,
+    )
+
+
+def fill(own: Row, mine: list[float], samples: dict[str, list[float]], work: Work) -> None:
+    own.seconds = Spread.of(mine).as_list()
+    own.fastest = float(f"{min(mine):.6g}")
+    own.rounds = len(mine)
+    own.ratios = {
+        other: ratio(theirs, mine).as_list() for other, theirs in samples.items() if other != own.provider
+    }
+    if work.unit in samples and work.passes:
+        # The unit is two passes: a read and a write.
+        own.of_copy = ratio(samples[work.unit], mine).scaled(work.passes / 2).as_list()

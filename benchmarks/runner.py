@@ -1,0 +1,92 @@
+"""A run: works one after the other within a time budget, saved as they come."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from . import results, rivals
+from .check import check
+from .compiled import first_line
+from .measure import MODEPROBE, Row, measure, row
+from .registry import Work
+from .timing import Clock, Limits
+
+FULL = Limits(seconds=3.0, least_rounds=7, most_rounds=60)
+QUICK = Limits(seconds=0.8, least_rounds=3, most_rounds=20, sample_seconds=1e-3)
+# A torch.compile peer costs about this much before it can be timed; with less time per work it is left out.
+COMPILE_SECONDS = 3.0
+TIMING_SHARE = 0.6  # of the time left per work; the rest goes to inputs, references and compilation
+
+Report = Callable[[Work, Sequence[Row]], None]
+
+
+def run(
+    works: Sequence[Work],
+    device: str,
+    found: results.Results,
+    path: Path,
+    *,
+    limits: Limits = FULL,
+    budget: float | None = None,
+    without: Sequence[str] = (),
+    instructions: Mapping[str, float] | None = None,
+    report: Report = lambda work, rows: None,
+    clock: Clock | None = None,
+    now: Callable[[], float] = time.monotonic,
+) -> list[Work]:
+    """Measures works into ``found`` and saves it to ``path`` after each.
+
+    Args:
+        limits: of one work; its seconds shrink when the budget asks for it.
+        budget: seconds for the whole run. What does not fit is left out, last works first.
+        without: providers to leave out.
+        report: called after each work.
+        clock: for tests; by default the one that fits the device.
+        now: seconds, for the budget.
+
+    Returns:
+        The works that were left out.
+    """
+    name = results.now()
+    while name in found["runs"]:
+        name += "+"
+    found["machine"] = results.machine(device)
+    entry: dict[str, Any] = {
+        "date": results.now(),
+        "commit": results.commit(),
+        "device": device,
+        "versions": results.versions(),
+        "rivals": rivals.states(),
+        "load": [results.load_average(), None],
+        "limits": {"seconds": limits.seconds, "least_rounds": limits.least_rounds, "budget": budget},
+        "left_out": [],
+    }
+    found["runs"][name] = entry
+    start = now()
+    for index, work in enumerate(works):
+        own, left = limits, list(without)
+        if budget is not None:
+            remaining = budget - (now() - start)
+            if remaining <= 0:
+                entry["left_out"] = [late.name for late in works[index:]]
+                results.save(found, path)
+                return list(works[index:])
+            share = remaining / (len(works) - index)
+            own = replace(limits, seconds=min(limits.seconds, TIMING_SHARE * share))
+            if share < COMPILE_SECONDS:
+                left.append("torch.compile")
+        try:
+            rows = measure(work, device, own, clock=clock, without=left)
+        except Exception as error:
+            reason = f"{type(error).__name__}: {first_line(error)}"
+            rows = [row(work, MODEPROBE, device, status="failed", reason=reason)]
+        results.upsert(found, "results", [item.as_dict() for item in rows], name)
+        found["targets"] = [verdict.as_dict() for verdict in check(found, instructions=instructions)]
+        entry["load"][1] = results.load_average()
+        results.save(found, path)
+        report(work, rows)
+    return []

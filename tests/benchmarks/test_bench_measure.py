@@ -1,0 +1,171 @@
+"""Judged before timed: wrong, slow, broken and absent providers each show as what they are."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from modeprobe.benchmarks import measure, memory, runner, tables
+from modeprobe.benchmarks.registry import Candidate, Problem, Unavailable, Work
+from modeprobe.benchmarks.timing import Limits
+from torch.nn import functional as F
+
+pytestmark = pytest.mark.rung("reference")
+
+X = torch.arange(1.0, 9.0)
+
+
+class CostClock:
+    """Runs a callable and reports the cost of the provider whose name comes back with the result."""
+
+    def __init__(self, costs):
+        self.costs, self.time = costs, 0.0
+
+    def now(self):
+        self.time += 0.1
+        return self.time
+
+    def sample(self, run, calls):
+        _, name = run()
+        return self.costs[name]
+
+
+def setup(work, device):
+    def provider(name, function):
+        return {name: lambda: Candidate(lambda: (function(), name))}
+
+    def absent():
+        raise Unavailable("this package has no such layer")
+
+    def broken():
+        raise RuntimeError("no kernel image\nsecond line")
+
+    def verify(result):
+        y, _ = result
+        return None if torch.equal(y, X * 2) else f"worst error {(y - X * 2).abs().max():.1f}"
+
+    return Problem(
+        {
+            **provider("modeprobe", lambda: X + X),
+            **provider("torch", lambda: X * 2),
+            **provider("slow rival", lambda: 2 * X),
+            **provider("wrong rival", lambda: X * 2 + 3),
+            "absent rival": absent,
+            "broken rival": broken,
+        },
+        verify,
+        provider("x.clone()", X.clone),
+    )
+
+
+WORK = Work("double", "forward", (8,), "float32", 2, setup)
+COSTS = {"modeprobe": 1e-3, "torch": 4e-3, "slow rival": 10e-3, "x.clone()": 0.5e-3}
+
+
+@pytest.fixture
+def rows():
+    found = measure.measure(WORK, "cpu", Limits(seconds=0.0), clock=CostClock(COSTS))
+    return {row.provider: row for row in found}
+
+
+def test_a_wrong_provider_is_shown_as_wrong_and_not_timed(rows):
+    wrong = rows["wrong rival"]
+    assert (wrong.status, wrong.reason, wrong.seconds) == ("wrong", "worst error 3.0", None)
+    assert "wrong rival" not in rows["modeprobe"].ratios
+
+
+def test_a_slow_provider_is_shown_as_slower(rows):
+    assert rows["modeprobe"].ratios["slow rival"] == [10.0, 10.0, 10.0]
+    assert rows["modeprobe"].ratios["torch"] == [4.0, 4.0, 4.0]
+    assert rows["slow rival"].ratios["torch"] == [0.4, 0.4, 0.4]
+
+
+def test_absent_and_broken_providers_say_why(rows):
+    assert (rows["absent rival"].status, rows["absent rival"].reason) == (
+        "unavailable",
+        "this package has no such layer",
+    )
+    assert (rows["broken rival"].status, rows["broken rival"].reason) == (
+        "failed",
+        "RuntimeError: no kernel image",
+    )
+
+
+def test_a_floor_is_not_judged_and_gives_the_bandwidth(rows):
+    assert rows["x.clone()"].floor
+    assert rows["x.clone()"].status == "ok"
+    assert rows["modeprobe"].of_copy == [0.5, 0.5, 0.5]  # two passes, as the clone, in twice its time
+
+
+def test_the_tables_show_it(rows, tmp_path):
+    from modeprobe.benchmarks import results
+
+    found = results.empty()
+    found["runs"]["one"] = {}
+    results.upsert(found, "results", [row.as_dict() for row in rows.values()], "one")
+    table = tables.work_table(found, "dropout")
+    text = table.markdown()
+    assert "| wrong |" in text
+    assert "wrong rival: wrong: worst error 3.0" in text
+    assert "absent rival, 1 of 1 works: this package has no such layer" in text
+    assert "4x" in text
+
+
+def test_left_out_providers_are_not_set_up():
+    rows = measure.measure(WORK, "cpu", Limits(seconds=0.0), clock=CostClock(COSTS), without=["broken rival"])
+    row = next(row for row in rows if row.provider == "broken rival")
+    assert (row.status, row.reason) == ("unavailable", "left out of this run")
+
+
+def test_saved_bytes_are_counted_once_per_storage():
+    x = torch.randn(1000, requires_grad=True)
+    weight = torch.nn.Parameter(torch.ones(1000))
+    assert memory.saved_bytes(lambda: x.exp()) == 4000  # its result
+    assert memory.saved_bytes(lambda: x * x) == 4000  # both operands are one storage
+    assert memory.saved_bytes(lambda: x * weight) == 4000  # parameters live anyway
+    assert memory.saved_bytes(lambda: F.relu(x[:10])) == 40
+
+
+def test_a_run_saves_as_it_goes_and_stops_with_its_budget(tmp_path):
+    from modeprobe.benchmarks import results
+
+    path = tmp_path / "machine" / "results.json"
+    works = [Work("double", "forward", (size,), "float32", 2, setup) for size in (8, 9, 10, 11)]
+    seen, ticks = [], iter(range(0, 1000, 10))
+
+    def report(work, rows):
+        seen.append(work.name)
+        assert {row["work"] for row in results.load(path)["results"]} == set(seen)
+
+    late = runner.run(
+        works,
+        "cpu",
+        results.empty(),
+        path,
+        budget=25.0,
+        report=report,
+        clock=CostClock(COSTS),
+        now=lambda: float(next(ticks)),
+    )
+    assert [work.name for work in late] == ["double/forward/10/float32", "double/forward/11/float32"]
+    saved = results.load(path)
+    (entry,) = saved["runs"].values()
+    assert entry["left_out"] == [work.name for work in late]
+    assert entry["versions"]["torch"] == torch.__version__
+
+
+def test_a_work_that_cannot_be_set_up_does_not_stop_the_run(tmp_path):
+    from modeprobe.benchmarks import results
+
+    def broken(work, device):
+        raise ValueError("no such shape")
+
+    works = [
+        Work("broken", "forward", (8,), "float32", 2, broken),
+        Work("double", "forward", (8,), "float32", 2, setup),
+    ]
+    found = results.empty()
+    runner.run(works, "cpu", found, tmp_path / "results.json", clock=CostClock(COSTS))
+    assert results.find(found, "broken/forward/8/float32", "modeprobe", "cpu")["reason"] == (
+        "ValueError: no such shape"
+    )
+    assert results.find(found, "double/forward/8/float32", "modeprobe", "cpu")["status"] == "ok"
