@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 import modeprobe
+from modeprobe.benchmarks.cli import bench
 
 app = typer.Typer(
     name="modeprobe",
@@ -35,6 +36,9 @@ def _root(
     ] = False,
 ) -> None:
     pass
+
+
+app.command()(bench)
 
 
 class Section(str, Enum):
