@@ -1,9 +1,9 @@
 // Dropout with AVX2, FMA and F16C. Run only where capability() found them.
 #if defined(__x86_64__)
 
-#include <immintrin.h>
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
+#include <limits>
 
 #include "dropout_kernels.h"
 #include "target.h"
@@ -66,6 +66,30 @@ inline __m256d select(uint64_t kept, __m256d value, __m256d fill) {
   const __m256i lane = _mm256_setr_epi64x(1, 2, 4, 8);
   const __m256i word = _mm256_and_si256(_mm256_set1_epi64x(static_cast<int64_t>(kept)), lane);
   return _mm256_blendv_pd(fill, value, _mm256_castsi256_pd(_mm256_cmpeq_epi64(word, lane)));
+}
+
+inline __m256 maximum(__m256 a, __m256 b) { return _mm256_max_ps(a, b); }
+inline __m256d maximum(__m256d a, __m256d b) { return _mm256_max_pd(a, b); }
+
+// See dropout_avx512.cpp. 2^n in two factors: it may be below the normal range.
+inline __m256 exponential(__m256 x) {
+  x = _mm256_max_ps(broadcast(-104.0f), x);
+  const __m256 n = _mm256_round_ps(_mm256_mul_ps(x, broadcast(kInverseLn2)), 8);
+  __m256 r = _mm256_fnmadd_ps(n, broadcast(kLn2High), x);
+  r = _mm256_fnmadd_ps(n, broadcast(kLn2Low), r);
+  __m256 sum = broadcast(kExpTaylor[0]);
+  for (int k = 1; k < 8; ++k) sum = _mm256_fmadd_ps(sum, r, broadcast(kExpTaylor[k]));
+  const __m256i exponent = _mm256_cvtps_epi32(n), half = _mm256_srai_epi32(exponent, 1);
+  const __m256i bias = _mm256_set1_epi32(127);
+  const __m256i a = _mm256_slli_epi32(_mm256_add_epi32(half, bias), 23);
+  const __m256i b = _mm256_slli_epi32(_mm256_add_epi32(_mm256_sub_epi32(exponent, half), bias), 23);
+  return sum * _mm256_castsi256_ps(a) * _mm256_castsi256_ps(b);
+}
+inline __m256d exponential(__m256d x) {
+  double lane[4];
+  _mm256_storeu_pd(lane, x);
+  for (double& value : lane) value = exponential_of(value);
+  return _mm256_loadu_pd(lane);
 }
 
 // Four chunks, one per 64-bit lane; see dropout_avx512.cpp.

@@ -1,9 +1,9 @@
 // Dropout with AVX-512 (F, BW, DQ, VL). Run only where capability() found it.
 #if defined(__x86_64__)
 
-#include <immintrin.h>
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
+#include <limits>
 
 #include "dropout_kernels.h"
 #include "target.h"
@@ -60,6 +60,28 @@ inline __m512 select(uint64_t kept, __m512 value, __m512 fill) {
 }
 inline __m512d select(uint64_t kept, __m512d value, __m512d fill) {
   return _mm512_mask_mov_pd(fill, static_cast<__mmask8>(kept), value);
+}
+
+inline __m512 maximum(__m512 a, __m512 b) { return _mm512_max_ps(a, b); }
+inline __m512d maximum(__m512d a, __m512d b) { return _mm512_max_pd(a, b); }
+
+// exp(x) = 2^n * exp(r), n = round(x / ln 2), |r| <= ln 2 / 2: Taylor to degree 7, below one unit in the last
+// place. Below -104 the result is zero; NaN stays NaN.
+inline __m512 exponential(__m512 x) {
+  x = _mm512_max_ps(broadcast(-104.0f), x);
+  const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, broadcast(kInverseLn2)), 0);
+  __m512 r = _mm512_fnmadd_ps(n, broadcast(kLn2High), x);
+  r = _mm512_fnmadd_ps(n, broadcast(kLn2Low), r);
+  __m512 sum = broadcast(kExpTaylor[0]);
+#pragma GCC unroll 7
+  for (int k = 1; k < 8; ++k) sum = _mm512_fmadd_ps(sum, r, broadcast(kExpTaylor[k]));
+  return _mm512_scalef_ps(sum, n);
+}
+inline __m512d exponential(__m512d x) {
+  double lane[8];
+  _mm512_storeu_pd(lane, x);
+  for (double& value : lane) value = exponential_of(value);
+  return _mm512_loadu_pd(lane);
 }
 
 // Eight chunks, one per 64-bit lane. Products want 32-bit factors in the low halves and ignore the high ones,

@@ -50,14 +50,33 @@ void apply(const void* from, void* to, int64_t n, const uint64_t* bits, Affine a
   }
 }
 
+template <class T>
+void apply_scale(const void* x, void* y, int64_t n, const uint64_t* bits, Affine affine, bool stream) {
+  apply<T, false>(x, y, n, bits, affine, stream);
+}
+
+template <class T>
+void apply_affine(const void* x, void* y, int64_t n, const uint64_t* bits, Affine affine, bool stream) {
+  apply<T, true>(x, y, n, bits, affine, stream);
+}
+
 void expand(const uint64_t* bits, int64_t n, uint8_t* out) {
   for (int64_t j = 0; j < n; ++j) out[j] = bits[j >> 6] >> (j & 63) & 1;
 }
 
 }  // namespace
 
-#define MODEPROBE_DROPOUT_TABLE                                                                       \
-  {draw,                                                                                              \
-   {apply<float, false>, apply<double, false>, apply<c10::Half, false>, apply<c10::BFloat16, false>}, \
-   {apply<float, true>, apply<double, true>, apply<c10::Half, true>, apply<c10::BFloat16, true>},     \
-   expand}
+#include "dropout_fused_loops.h"
+
+#define MODEPROBE_EACH_DTYPE(f) {f<float>, f<double>, f<c10::Half>, f<c10::BFloat16>}
+#define MODEPROBE_DROPOUT_TABLE        \
+  {draw,                               \
+   MODEPROBE_EACH_DTYPE(apply_scale),  \
+   MODEPROBE_EACH_DTYPE(apply_affine), \
+   expand,                             \
+   MODEPROBE_EACH_DTYPE(bias_add),     \
+   MODEPROBE_EACH_DTYPE(bias_sum),     \
+   MODEPROBE_EACH_DTYPE(softmax_row),  \
+   MODEPROBE_EACH_DTYPE(softmax_drop), \
+   MODEPROBE_EACH_DTYPE(softmax_dot),  \
+   MODEPROBE_EACH_DTYPE(softmax_grad)}

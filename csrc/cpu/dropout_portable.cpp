@@ -1,6 +1,8 @@
 // Dropout in plain C++: any processor, and what the other instruction sets are compared with.
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
+#include <cmath>
+#include <limits>
 
 #include "capability.h"
 #include "dropout_kernels.h"
@@ -26,6 +28,15 @@ inline Acc select(uint64_t kept, Acc value, Acc fill) {
   return kept & 1 ? value : fill;
 }
 
+template <class Acc>
+inline Acc maximum(Acc a, Acc b) {
+  return a > b ? a : b;
+}
+template <class Acc>
+inline Acc exponential(Acc x) {
+  return exponential_of(x);
+}
+
 void draw(Key key, Threshold t, uint64_t chunk, int64_t words, uint64_t* bits) {
   for (int64_t w = 0; w < words; ++w) {
     uint64_t kept = 0, ties = 0;
@@ -47,6 +58,9 @@ void draw(Key key, Threshold t, uint64_t chunk, int64_t words, uint64_t* bits) {
 #include "dropout_loops.h"
 
 extern const DropoutKernels kDropoutPortable = MODEPROBE_DROPOUT_TABLE;
+
+float exponential_of(float x) { return std::exp(x); }
+double exponential_of(double x) { return std::exp(x); }
 
 const DropoutKernels& dropout_kernels() {
 #if defined(__x86_64__)

@@ -3,6 +3,14 @@
 // function for all files, and it must be one that runs everywhere.
 #pragma once
 
+#if defined(__x86_64__)
+#pragma GCC diagnostic push
+// GCC 12 says this of its own intrinsics, which leave lanes undefined on purpose.
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#include <immintrin.h>
+#pragma GCC diagnostic pop
+#endif
+
 #if defined(__clang__)
 #define MODEPROBE_TARGET_AVX512                                                                              \
   _Pragma(                                                                                                   \
