@@ -1,62 +1,25 @@
-"""Dropout functions: arguments checked here, kernels chosen in :mod:`modeprobe.ops.dropout`."""
+"""Dropout of elements and of channels."""
 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from modeprobe import mask
+from modeprobe.functional._arguments import (
+    check_data,
+    inverted,
+    key_for,
+    probability,
+    shared_dims,
+    signed_offset,
+)
 from modeprobe.ops import backend
 from modeprobe.ops import dropout as ops
-
-
-def _probability(p: float | Tensor, device: torch.device, who: str) -> tuple[float, Tensor | None]:
-    """``p`` as the pair that operators take: a float, or a float64 tensor with one element on ``device``."""
-    if isinstance(p, Tensor):
-        if p.numel() != 1 or not (p.is_floating_point() or p.device.type == "cpu"):
-            raise ValueError(
-                f"{who}: p must be a float or a floating point tensor with one element, "
-                f"got {p.dtype} of shape {tuple(p.shape)}"
-            )
-        return 0.0, p.detach().reshape(()).to(device, torch.float64)
-    try:
-        inside = 0.0 <= p <= 1.0
-    except TypeError:
-        raise TypeError(f"{who}: p must be a float or a tensor, got {type(p).__name__}") from None
-    if not inside:
-        raise ValueError(f"{who}: p must be in [0, 1], got {p}")
-    return float(p), None
-
-
-def _offset(offset: int, who: str) -> int:
-    """The uint64 ``offset`` as the int64 that operators take."""
-    if not isinstance(offset, (int, torch.SymInt)):
-        raise TypeError(f"{who}: offset must be an int, got {type(offset).__name__}")
-    if not 0 <= offset < 1 << 64:
-        raise ValueError(f"{who}: offset must be in [0, 2**64), got {offset}")
-    return offset - (1 << 64) if offset >> 63 else offset
-
-
-def _data(x: Tensor, who: str) -> None:
-    if x.dtype not in ops.DTYPES:
-        raise TypeError(f"{who}: input must be float16, bfloat16, float32 or float64, got {x.dtype}")
-
-
-def _key(key: Tensor, device: torch.device, who: str) -> Tensor:
-    mask.check_key(key, who)
-    if key.device != device:
-        raise ValueError(f"{who}: key must be on the input's device, {device}, got {key.device}")
-    return key
-
-
-def _scaled(scaling: str, who: str) -> bool:
-    if scaling not in ("inverted", "classic"):
-        raise ValueError(f'{who}: scaling must be "inverted" or "classic", got {scaling!r}')
-    return scaling == "inverted"
 
 
 def dropout(
@@ -67,6 +30,7 @@ def dropout(
     *,
     key: Tensor | None = None,
     offset: int = 0,
+    mask_shape: Sequence[int] | None = None,
     scaling: str = "inverted",
 ) -> Tensor:
     """Set each element to zero with probability ``p`` and scale the others by ``1 / (1 - p)``.
@@ -87,6 +51,8 @@ def dropout(
             fresh one from torch's generator of that device.
         offset: index of the first element in the mask, in [0, 2^64). Shards of a tensor that share a key pass
             the number of elements before them and get their slice of the whole tensor's mask.
+        mask_shape: a shape that broadcasts to the input's: elements that share a place in it share their
+            fate. Positions then count row-major in ``mask_shape``. By default every element has its own.
         scaling: "inverted", or "classic": no scaling in training, ``1 - p`` in evaluation.
 
     Returns:
@@ -99,30 +65,39 @@ def dropout(
     """
     if has_torch_function_unary(input):
         return handle_torch_function(
-            dropout, (input,), input, p, training, inplace, key=key, offset=offset, scaling=scaling
+            dropout,
+            (input,),
+            input,
+            p,
+            training,
+            inplace,
+            key=key,
+            offset=offset,
+            mask_shape=mask_shape,
+            scaling=scaling,
         )
     p_tensor = None
+    # Written out for speed: a tensor of 16 elements feels every call of a function.
     if type(p) is not float or not 0.0 <= p <= 1.0:
-        p, p_tensor = _probability(p, input.device, "dropout")
-    scaled = scaling == "inverted" or _scaled(scaling, "dropout")
-    if not training:
-        if scaled:
+        p, p_tensor = probability(p, input.device, "dropout")
+    scaled = scaling == "inverted" or inverted(scaling, "dropout")
+    if not training or (p == 0.0 and p_tensor is None):
+        if scaled or training:
             return input
-        rest = 1.0 - (p if p_tensor is None else p_tensor.to(input.dtype))
+        rest = 1.0 - p if p_tensor is None else (1.0 - p_tensor).to(input.dtype)
         return input.mul_(rest) if inplace else input * rest
-    if p_tensor is None and p == 0.0:
-        return input
     if input.dtype not in ops.DTYPES:
-        _data(input, "dropout")
-    device = input.device
-    if key is None:
-        key = mask.new_key(device)
-    else:
-        _key(key, device, "dropout")
+        check_data(input, "dropout")
     if offset != 0:
-        offset = _offset(offset, "dropout")
-    run = ops.dropout_ if inplace else ops.dropout
-    return run(input, key, p, offset, scaled, p_tensor, backend.resolve(device.type))
+        offset = signed_offset(offset, "dropout")
+    operator, arguments = "dropout", (offset, scaled)
+    if mask_shape is not None:
+        shared = shared_dims(mask_shape, input.shape, "dropout")
+        operator, arguments = "structured_dropout", (shared, offset, scaled)  # type: ignore[assignment]
+    device = input.device
+    key = mask.new_key(device) if key is None else key_for(key, device, "dropout")
+    run = ops.masked_ if inplace else ops.masked
+    return run(input, key, p_tensor, p, arguments, operator, backend.resolve(device.type))
 
 
 def dropout_mask(shape: Sequence[int] | int, p: float | Tensor, key: Tensor, offset: int = 0) -> Tensor:
@@ -141,9 +116,223 @@ def dropout_mask(shape: Sequence[int] | int, p: float | Tensor, key: Tensor, off
         ValueError, TypeError: an argument is not as above.
     """
     mask.check_key(key, "dropout_mask")
-    p, p_tensor = _probability(p, key.device, "dropout_mask")
+    p, p_tensor = probability(p, key.device, "dropout_mask")
     sizes = (shape,) if isinstance(shape, int) else tuple(shape)
     if any(size < 0 for size in sizes):
         raise ValueError(f"dropout_mask: shape must not have negative sizes, got {sizes}")
-    flat = ops.dropout_mask(key, math.prod(sizes), p, _offset(offset, "dropout_mask"), p_tensor)
+    flat = ops.dropout_mask(key, math.prod(sizes), p, signed_offset(offset, "dropout_mask"), p_tensor)
     return flat.view(sizes)
+
+
+def _feature_dropout(
+    input: Tensor,
+    p: float | Tensor,
+    training: bool,
+    inplace: bool,
+    key: Tensor | None,
+    offset: int,
+    batched: bool,
+    who: str,
+) -> Tensor:
+    p, p_tensor = probability(p, input.device, who)
+    if not training or (p == 0.0 and p_tensor is None):
+        return input
+    check_data(input, who)
+    first = 2 if batched else 1
+    if input.dim() < first:
+        raise RuntimeError(
+            f"{who}: input must have at least {first} dimensions, got shape {tuple(input.shape)}"
+        )
+    shared = list(range(first, input.dim()))
+    name = backend.resolve(input.device.type)
+    rest = (shared, signed_offset(offset, who), True)
+    run = ops.masked_ if inplace else ops.masked
+    return run(input, key_for(key, input.device, who), p_tensor, p, rest, "structured_dropout", name)
+
+
+def dropout1d(
+    input: Tensor,
+    p: float | Tensor = 0.5,
+    training: bool = True,
+    inplace: bool = False,
+    *,
+    key: Tensor | None = None,
+    offset: int = 0,
+) -> Tensor:
+    """Zero whole channels of a (N, C, L) or (C, L) input with probability ``p``, scale the others.
+
+    :func:`torch.nn.functional.dropout1d` under the mask contract: the mask has shape (N, C), and positions
+    count row-major in it. A dropped channel is not read. Arguments as in :func:`dropout`.
+
+    Raises:
+        RuntimeError: the input has neither 2 nor 3 dimensions.
+        ValueError, TypeError: as :func:`dropout`.
+    """
+    probability(p, input.device, "dropout1d")
+    if input.dim() not in (2, 3):
+        raise RuntimeError(
+            f"dropout1d: Expected 2D or 3D input, but received a {input.dim()}D input. "
+            "Note that dropout1d exists to provide channel-wise dropout on inputs with 1 "
+            "spatial dimension, a channel dimension, and an optional batch dimension "
+            "(i.e. 2D or 3D inputs)."
+        )
+    return _feature_dropout(input, p, training, inplace, key, offset, input.dim() == 3, "dropout1d")
+
+
+def dropout2d(
+    input: Tensor,
+    p: float | Tensor = 0.5,
+    training: bool = True,
+    inplace: bool = False,
+    *,
+    key: Tensor | None = None,
+    offset: int = 0,
+) -> Tensor:
+    """Zero whole channels of a (N, C, H, W) input with probability ``p``, scale the others.
+
+    :func:`torch.nn.functional.dropout2d` under the mask contract: the mask has shape (N, C), and positions
+    count row-major in it. A dropped channel is not read. As there, a 3-D input counts as (N, C, L). Arguments
+    as in :func:`dropout`.
+
+    Raises:
+        RuntimeError: the input has fewer than 2 dimensions.
+        ValueError, TypeError: as :func:`dropout`.
+    """
+    probability(p, input.device, "dropout2d")
+    dims = input.dim()
+    if dims not in (3, 4):
+        warnings.warn(
+            f"dropout2d: Received a {dims}-D input to dropout2d, which is deprecated "
+            "and will result in an error in a future release. To retain the behavior "
+            "and silence this warning, please use dropout instead. Note that dropout2d "
+            "exists to provide channel-wise dropout on inputs with 2 spatial dimensions, "
+            "a channel dimension, and an optional batch dimension (i.e. 3D or 4D inputs).",
+            stacklevel=2,
+        )
+    if dims == 3:
+        warnings.warn(
+            "dropout2d: Received a 3D input to dropout2d and assuming that channel-wise "
+            "1D dropout behavior is desired - input is interpreted as shape (N, C, L), where C "
+            "is the channel dim. This behavior will change in a future release to interpret the "
+            "input as one without a batch dimension, i.e. shape (C, H, W). To maintain the 1D "
+            "channel-wise dropout behavior, please switch to using dropout1d instead.",
+            stacklevel=2,
+        )
+    return _feature_dropout(input, p, training, inplace, key, offset, True, "dropout2d")
+
+
+def dropout3d(
+    input: Tensor,
+    p: float | Tensor = 0.5,
+    training: bool = True,
+    inplace: bool = False,
+    *,
+    key: Tensor | None = None,
+    offset: int = 0,
+) -> Tensor:
+    """Zero whole channels of a (N, C, D, H, W) or (C, D, H, W) input with probability ``p``, scale the rest.
+
+    :func:`torch.nn.functional.dropout3d` under the mask contract: the mask has shape (N, C), and positions
+    count row-major in it. A dropped channel is not read. Arguments as in :func:`dropout`.
+
+    Raises:
+        RuntimeError: the input has no dimensions.
+        ValueError, TypeError: as :func:`dropout`.
+    """
+    probability(p, input.device, "dropout3d")
+    if input.dim() not in (4, 5):
+        warnings.warn(
+            f"dropout3d: Received a {input.dim()}-D input to dropout3d, which is deprecated "
+            "and will result in an error in a future release. To retain the behavior "
+            "and silence this warning, please use dropout instead. Note that dropout3d "
+            "exists to provide channel-wise dropout on inputs with 3 spatial dimensions, "
+            "a channel dimension, and an optional batch dimension (i.e. 4D or 5D inputs).",
+            stacklevel=2,
+        )
+    return _feature_dropout(input, p, training, inplace, key, offset, input.dim() == 5, "dropout3d")
+
+
+def drop_path(
+    input: Tensor,
+    p: float | Tensor = 0.5,
+    training: bool = True,
+    inplace: bool = False,
+    *,
+    key: Tensor | None = None,
+    offset: int = 0,
+) -> Tensor:
+    """Stochastic depth: zero whole examples, along dimension 0, with probability ``p``, scale the rest.
+
+    Huang et al., "Deep networks with stochastic depth" (2016), with inverted scaling. The mask has shape
+    (N,). Arguments as in :func:`dropout`.
+
+    Raises:
+        RuntimeError: the input has no dimensions.
+        ValueError, TypeError: as :func:`dropout`.
+    """
+    return _feature_dropout(input, p, training, inplace, key, offset, False, "drop_path")
+
+
+def _alpha_dropout(
+    input: Tensor,
+    p: float | Tensor,
+    training: bool,
+    inplace: bool,
+    key: Tensor | None,
+    offset: int,
+    first: int | None,
+    who: str,
+) -> Tensor:
+    p, p_tensor = probability(p, input.device, who)
+    if not training or (p == 0.0 and p_tensor is None):
+        return input
+    check_data(input, who)
+    if first is not None and input.dim() < first:
+        raise RuntimeError(
+            f"{who}: input must have at least {first} dimensions, got shape {tuple(input.shape)}"
+        )
+    shared = [] if first is None else list(range(first, input.dim()))
+    name = backend.resolve(input.device.type)
+    rest = (shared, False, signed_offset(offset, who))
+    run = ops.masked_ if inplace else ops.masked
+    return run(input, key_for(key, input.device, who), p_tensor, p, rest, "alpha_dropout", name)
+
+
+def alpha_dropout(
+    input: Tensor,
+    p: float | Tensor = 0.5,
+    training: bool = False,
+    inplace: bool = False,
+    *,
+    key: Tensor | None = None,
+    offset: int = 0,
+) -> Tensor:
+    """Dropout that keeps the mean and variance of standardised activations, for networks of SELUs.
+
+    :func:`torch.nn.functional.alpha_dropout` under the mask contract, in one pass: dropped elements take the
+    value that SELU saturates at, then all are scaled and shifted (Klambauer et al., "Self-normalizing neural
+    networks", 2017). With ``p=1`` the result is zero, as in torch. Arguments as in :func:`dropout`, but
+    ``training`` is False by default, as in torch.
+
+    Raises:
+        ValueError, TypeError: as :func:`dropout`.
+    """
+    return _alpha_dropout(input, p, training, inplace, key, offset, None, "alpha_dropout")
+
+
+def feature_alpha_dropout(
+    input: Tensor,
+    p: float | Tensor = 0.5,
+    training: bool = False,
+    inplace: bool = False,
+    *,
+    key: Tensor | None = None,
+    offset: int = 0,
+) -> Tensor:
+    """:func:`alpha_dropout` of whole channels: input (N, C, *), mask (N, C).
+
+    Raises:
+        RuntimeError: the input has fewer than 2 dimensions.
+        ValueError, TypeError: as :func:`dropout`.
+    """
+    return _alpha_dropout(input, p, training, inplace, key, offset, 2, "feature_alpha_dropout")

@@ -1,43 +1,36 @@
 """Dropout operators: fake kernels, autograd, and the backend that runs them.
 
-Every operator is a pure function of its arguments, the key among them. Dropout is linear and a diagonal
-matrix, so the operator is its own backward, double backward and forward derivative; only the key is saved.
+Every operator is a pure function of its arguments, the key among them: nothing but the key is saved, and
+forward and backward cannot disagree. Dropout in each of its forms is affine in its input, so its backward,
+double backward and forward derivative are the operator itself without the constant part.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import Function, forward_ad
 
 from modeprobe import _extension
 from modeprobe.ops import backend, dropout_reference
-from modeprobe.ops.dropout_reference import empty_output
+from modeprobe.ops.dropout_fake import FAKES
+from modeprobe.ops.dropout_reference import is_dense
 
 DTYPES = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
-
-_NAMES = ("dropout", "dropout_", "dropout_mask")
 
 _backends: dict[str, Any] = {"reference": dropout_reference}
 
 if _extension.loaded():
+    for _name, _fake in FAKES.items():
+        torch.library.register_fake(f"modeprobe::{_name}", _fake)
     _backends["native"] = SimpleNamespace(
-        **{name: getattr(torch.ops.modeprobe, name).default for name in _NAMES}
+        **{_name: getattr(torch.ops.modeprobe, _name).default for _name in FAKES}
     )
-
-    @torch.library.register_fake("modeprobe::dropout")
-    def _(input, key, p, offset=0, scaled=True, p_tensor=None):
-        return empty_output(input)
-
-    @torch.library.register_fake("modeprobe::dropout_")
-    def _(input, key, p, offset=0, scaled=True, p_tensor=None):
-        return None
-
-    @torch.library.register_fake("modeprobe::dropout_mask")
-    def _(key, numel, p, offset=0, p_tensor=None):
-        return key.new_empty((numel,), dtype=torch.bool)
 
 
 def operators(name: str) -> Any:
@@ -49,66 +42,251 @@ def operators(name: str) -> Any:
     return _backends[name]
 
 
-class Dropout(torch.autograd.Function):
-    """``ops.dropout`` with a backward; ``ops`` is a namespace of operators."""
+def transforming() -> bool:
+    """Whether ``torch.func`` transforms or forward-mode derivatives look at what runs now."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def _eager(function: type[Function]) -> Callable[..., Any]:
+    """``function.apply`` without what it does for functorch alone: a fifth of the cost of a small tensor."""
+    return super(Function, function).apply  # type: ignore[misc]
+
+
+class Masked(Function):
+    """``operator(x, key, p, *rest, p_tensor)`` for dropout, structured_dropout and alpha_dropout."""
 
     @staticmethod
-    def forward(ctx, x, key, p, offset, scaled, p_tensor, name):
+    def forward(x, key, p_tensor, p, rest, operator, name):
+        return getattr(operators(name), operator)(x, key, p, *rest, p_tensor)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, key, p_tensor, *ctx.arguments = inputs
         ctx.save_for_backward(key) if p_tensor is None else ctx.save_for_backward(key, p_tensor)
-        ctx.arguments = p, offset, scaled, name
-        return operators(name).dropout(x, key, p, offset, scaled, p_tensor)
 
     @staticmethod
     def backward(ctx, grad):
-        key, *rest = ctx.saved_tensors
-        p, offset, scaled, name = ctx.arguments
-        grad_x = dropout(grad, key, p, offset, scaled, rest[0] if rest else None, name)
+        key, *p_tensor = ctx.saved_tensors
+        grad_x = derivative(grad, key, p_tensor[0] if p_tensor else None, *ctx.arguments)
         return grad_x, None, None, None, None, None, None
 
 
-class DropoutInplace(torch.autograd.Function):
+class MaskedTransforms(Masked):
+    """The same for ``torch.func``; Dynamo takes no Function with a jvp."""
+
     @staticmethod
-    def forward(ctx, x, key, p, offset, scaled, p_tensor, name):
-        ctx.mark_dirty(x)
-        ctx.save_for_backward(key) if p_tensor is None else ctx.save_for_backward(key, p_tensor)
-        ctx.arguments = p, offset, scaled, name
-        operators(name).dropout_(x, key, p, offset, scaled, p_tensor)
+    def setup_context(ctx, inputs, output):
+        Masked.setup_context(ctx, inputs, output)
+        _, key, p_tensor, *_ = inputs
+        ctx.save_for_forward(key) if p_tensor is None else ctx.save_for_forward(key, p_tensor)
+
+    @staticmethod
+    def jvp(ctx, tangent, *_):
+        key, *p_tensor = ctx.saved_tensors
+        return derivative(tangent, key, p_tensor[0] if p_tensor else None, *ctx.arguments)
+
+    @staticmethod
+    def vmap(info, in_dims, x, key, p_tensor, p, rest, operator, name):
+        if in_dims[1] is None and in_dims[2] is None:
+            return _same_mask(x, in_dims[0], key, p_tensor, p, rest, operator, name), 0
+
+        def at(value, dim, index):
+            return value if dim is None else value.select(dim, index)
+
+        examples = []
+        for b in range(info.batch_size):
+            one, its_key, its_p = (
+                at(value, dim, b) for value, dim in zip((x, key, p_tensor), in_dims[:3], strict=True)
+            )
+            examples.append(masked(one, its_key, its_p, p, rest, operator, name))
+        return torch.stack(examples), 0
+
+
+def _same_mask(x, dim, key, p_tensor, p, rest, operator, name):
+    """A batch of examples under one mask: the mask of an example, shared along the batch."""
+    x = x.movedim(dim, 0)
+    order = list(range(x.dim()))
+    if operator == "structured_dropout" or (operator == "alpha_dropout" and rest[0]):
+        rest = ([0, *(d + 1 for d in rest[0])], *rest[1:])
+    else:
+        example = x[0] if x.shape[0] else x.new_empty(x.shape[1:])
+        if not example.is_contiguous() and is_dense(example):
+            # Positions count in the example's memory order: lay its dimensions out accordingly.
+            order[1:] = sorted(order[1:], key=lambda d: -x.stride(d))
+        offset, *others = (rest[0], rest[1]) if operator == "dropout" else (rest[2], rest[1])
+        if operator == "dropout":
+            operator, rest = "structured_dropout", ([0], offset, *others)
+        else:
+            rest = ([0], *others, offset)
+    y = masked(x.permute(order), key, p_tensor, p, rest, operator, name)
+    return y.permute([order.index(d) for d in range(len(order))])
+
+
+def derivative(tangent, key, p_tensor, p, rest, operator, name):
+    """The linear part of :func:`masked`: its derivative, and its transpose."""
+    if operator == "alpha_dropout":
+        rest = (rest[0], True, rest[2])
+    return masked(tangent, key, p_tensor, p, rest, operator, name)
+
+
+_masked = _eager(Masked)
+
+
+def masked(
+    x: Tensor, key: Tensor, p_tensor: Tensor | None, p: float, rest: tuple, operator: str, name: str
+) -> Tensor:
+    """``operator(x, key, p, *rest, p_tensor)`` of backend ``name``, differentiable by ``x``."""
+    if torch.compiler.is_compiling():
+        if x.requires_grad and torch.is_grad_enabled():
+            return Masked.apply(x, key, p_tensor, p, rest, operator, name)
+    elif torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return MaskedTransforms.apply(x, key, p_tensor, p, rest, operator, name)
+    elif x.requires_grad and torch.is_grad_enabled():
+        return _masked(x, key, p_tensor, p, rest, operator, name)
+    return getattr(operators(name), operator)(x, key, p, *rest, p_tensor)
+
+
+class DropoutInplace(Function):
+    @staticmethod
+    def forward(x, key, p_tensor, p, rest, operator, name):
+        operators(name).dropout_(x, key, p, *rest, p_tensor)
         return x
 
-    backward = Dropout.backward
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.mark_dirty(inputs[0])
+        Masked.setup_context(ctx, inputs, output)
+
+    backward = Masked.backward
 
 
-def dropout(
-    x: Tensor,
-    key: Tensor,
-    p: float,
-    offset: int,
-    scaled: bool,
-    p_tensor: Tensor | None,
-    name: str,
+def masked_(
+    x: Tensor, key: Tensor, p_tensor: Tensor | None, p: float, rest: tuple, operator: str, name: str
 ) -> Tensor:
-    if torch.is_grad_enabled() and x.requires_grad:
-        return Dropout.apply(x, key, p, offset, scaled, p_tensor, name)
-    return operators(name).dropout(x, key, p, offset, scaled, p_tensor)
-
-
-def dropout_(
-    x: Tensor,
-    key: Tensor,
-    p: float,
-    offset: int,
-    scaled: bool,
-    p_tensor: Tensor | None,
-    name: str,
-) -> Tensor:
-    if torch.is_grad_enabled() and x.requires_grad:
-        return DropoutInplace.apply(x, key, p, offset, scaled, p_tensor, name)
-    operators(name).dropout_(x, key, p, offset, scaled, p_tensor)
+    """:func:`masked` written into ``x``."""
+    if operator != "dropout" or transforming():
+        return x.copy_(masked(x, key, p_tensor, p, rest, operator, name))
+    if x.requires_grad and torch.is_grad_enabled():
+        return DropoutInplace.apply(x, key, p_tensor, p, rest, "dropout", name)
+    operators(name).dropout_(x, key, p, *rest, p_tensor)
     if not torch.compiler.is_compiling() and not x.is_inference():
-        torch.autograd.graph.increment_version(x)
+        torch.autograd.graph.increment_version(x)  # which operators of a C++ library do not
     return x
 
 
 def dropout_mask(key: Tensor, numel: int, p: float, offset: int, p_tensor: Tensor | None) -> Tensor:
     name = backend.resolve(key.device.type)
     return operators(name).dropout_mask(key, numel, p, offset, p_tensor)
+
+
+class BiasDropoutAdd(Function):
+    @staticmethod
+    def forward(x, bias, residual, key, p_tensor, p, offset, name):
+        return operators(name).bias_dropout_add(x, bias, residual, key, p, offset, p_tensor)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, _, _, key, p_tensor, *ctx.arguments = inputs
+        ctx.save_for_backward(key) if p_tensor is None else ctx.save_for_backward(key, p_tensor)
+
+    @staticmethod
+    def backward(ctx, grad):
+        key, *p_tensor = ctx.saved_tensors
+        p, offset, name = ctx.arguments
+        rate = p_tensor[0] if p_tensor else None
+        grad_x = grad_bias = None
+        if ctx.needs_input_grad[1] and not (torch.is_grad_enabled() and grad.requires_grad):
+            grad_x, grad_bias = operators(name).bias_dropout_add_backward(grad, key, p, offset, rate)
+        elif ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
+            grad_x = masked(grad.contiguous(), key, rate, p, (offset, True), "dropout", name)
+            if ctx.needs_input_grad[1]:
+                grad_bias = grad_x.sum(list(range(grad.dim() - 1))) if grad.dim() > 1 else grad_x
+        grad_residual = grad if ctx.needs_input_grad[2] else None
+        return grad_x, grad_bias, grad_residual, None, None, None, None, None
+
+
+_bias_dropout_add = _eager(BiasDropoutAdd)
+
+
+def bias_dropout_add(
+    x: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+    key: Tensor,
+    p_tensor: Tensor | None,
+    p: float,
+    offset: int,
+    name: str,
+) -> Tensor:
+    if not torch.compiler.is_compiling() and transforming():
+        summed = x if bias is None else x + bias
+        return residual + masked(summed, key, p_tensor, p, ((), offset, True), "structured_dropout", name)
+    if torch.is_grad_enabled() and (
+        x.requires_grad or residual.requires_grad or (bias is not None and bias.requires_grad)
+    ):
+        apply = BiasDropoutAdd.apply if torch.compiler.is_compiling() else _bias_dropout_add
+        return apply(x, bias, residual, key, p_tensor, p, offset, name)
+    return operators(name).bias_dropout_add(x, bias, residual, key, p, offset, p_tensor)
+
+
+class SoftmaxDropout(Function):
+    """Returns the probabilities, too: saved as an output, they are differentiable in a double backward."""
+
+    @staticmethod
+    def forward(scores, mask, key, p_tensor, p, offset, name):
+        return operators(name).softmax_dropout(scores, mask, key, p, True, offset, p_tensor)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, mask, key, p_tensor, *ctx.arguments = inputs
+        ctx.mask_shape = None if mask is None else mask.shape
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(output[1], key, *(() if p_tensor is None else (p_tensor,)))
+
+    @staticmethod
+    def backward(ctx, grad, grad_probabilities):
+        probabilities, key, *p_tensor = ctx.saved_tensors
+        p, offset, name = ctx.arguments
+        rate = p_tensor[0] if p_tensor else None
+        if grad is None and grad_probabilities is None:
+            return (None,) * 7
+        if grad is not None and grad_probabilities is None and not torch.is_grad_enabled():
+            operator = operators(name).softmax_dropout_backward
+            grad_scores = operator(grad, probabilities, key, p, offset, rate)
+        else:
+            total = grad_probabilities
+            if grad is not None:
+                dropped = masked(grad.contiguous(), key, rate, p, (offset, True), "dropout", name)
+                total = dropped if total is None else total + dropped
+            grad_scores = probabilities * (total - (total * probabilities).sum(-1, keepdim=True))
+        grad_mask = grad_scores.sum_to_size(ctx.mask_shape) if ctx.needs_input_grad[1] else None
+        return grad_scores, grad_mask, None, None, None, None, None
+
+
+_softmax_dropout = _eager(SoftmaxDropout)
+
+
+def softmax_dropout(
+    scores: Tensor,
+    mask: Tensor | None,
+    key: Tensor,
+    p_tensor: Tensor | None,
+    p: float,
+    offset: int,
+    name: str,
+) -> Tensor:
+    if not torch.compiler.is_compiling() and transforming():
+        probabilities = _softmax(scores, mask)
+        return masked(probabilities, key, p_tensor, p, ((), offset, True), "structured_dropout", name)
+    if torch.is_grad_enabled() and (scores.requires_grad or (mask is not None and mask.requires_grad)):
+        apply = SoftmaxDropout.apply if torch.compiler.is_compiling() else _softmax_dropout
+        return apply(scores, mask, key, p_tensor, p, offset, name)[0]
+    return operators(name).softmax_dropout(scores, mask, key, p, False, offset, p_tensor)[0]
+
+
+def _softmax(scores: Tensor, mask: Tensor | None) -> Tensor:
+    """Softmax over the last dimension; zeros where nothing takes part."""
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
+    empty = (scores == -math.inf).all(-1, keepdim=True)
+    return scores.masked_fill(empty, 0.0).softmax(-1).masked_fill(empty, 0.0)

@@ -47,7 +47,9 @@ def _flat_mask(x: Tensor, key: Tensor, p: float | Tensor, offset: int) -> Tensor
     return in_memory_order(mask.keep_mask((x.numel(),), p, key, offset), x)
 
 
-def _shared_mask(x: Tensor, key: Tensor, p: float | Tensor, shared_dims: Sequence[int], offset: int) -> Tensor:
+def _shared_mask(
+    x: Tensor, key: Tensor, p: float | Tensor, shared_dims: Sequence[int], offset: int
+) -> Tensor:
     shape = [1 if d in shared_dims else size for d, size in enumerate(x.shape)]
     return mask.keep_mask(shape, p, key, offset)
 
@@ -103,7 +105,7 @@ def structured_dropout(
 def alpha_parameters(
     p: float | Tensor, device: torch.device, dtype: torch.dtype, linear: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Scale and shift of kept elements, and the value of dropped ones (Klambauer et al. 2017, eq. in sec. 3)."""
+    """Scale and shift of kept elements, and the value of dropped ones (Klambauer et al. 2017)."""
     rate = torch.as_tensor(p, dtype=torch.float64, device=device).clamp(0, 1)
     live = rate < 1
     a = torch.where(live, ((1 - rate) * (1 + rate * ALPHA**2)).rsqrt(), 0.0)

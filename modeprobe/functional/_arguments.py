@@ -1,0 +1,71 @@
+"""Argument checks that the dropout functions share: they name the argument, what came, what is expected."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from modeprobe import mask
+from modeprobe.ops.dropout import DTYPES
+
+
+def probability(p: float | Tensor, device: torch.device, who: str) -> tuple[float, Tensor | None]:
+    """``p`` as the pair that operators take: a float, or a float64 tensor with one element on ``device``."""
+    if isinstance(p, Tensor):
+        if p.numel() != 1 or not p.is_floating_point():
+            raise ValueError(
+                f"{who}: p must be a float or a floating point tensor with one element, "
+                f"got {p.dtype} of shape {tuple(p.shape)}"
+            )
+        return 0.0, p.detach().reshape(()).to(device, torch.float64)
+    try:
+        inside = 0.0 <= p <= 1.0
+    except TypeError:
+        raise TypeError(f"{who}: p must be a float or a tensor, got {type(p).__name__}") from None
+    if not inside:
+        raise ValueError(f"{who}: p must be in [0, 1], got {p}")
+    return float(p), None
+
+
+def signed_offset(offset: int, who: str) -> int:
+    """The uint64 ``offset`` as the int64 that operators take."""
+    if not isinstance(offset, (int, torch.SymInt)):
+        raise TypeError(f"{who}: offset must be an int, got {type(offset).__name__}")
+    if not 0 <= offset < 1 << 64:
+        raise ValueError(f"{who}: offset must be in [0, 2**64), got {offset}")
+    return offset - (1 << 64) if offset >= 1 << 63 else offset
+
+
+def check_data(x: Tensor, who: str, name: str = "input") -> None:
+    if x.dtype not in DTYPES:
+        raise TypeError(f"{who}: {name} must be float16, bfloat16, float32 or float64, got {x.dtype}")
+
+
+def key_for(key: Tensor | None, device: torch.device, who: str) -> Tensor:
+    """The caller's key, checked, or a fresh one."""
+    if key is None:
+        return mask.new_key(device)
+    mask.check_key(key, who)
+    if key.device != device:
+        raise ValueError(f"{who}: key must be on the input's device, {device}, got {key.device}")
+    return key
+
+
+def inverted(scaling: str, who: str) -> bool:
+    if scaling not in ("inverted", "classic"):
+        raise ValueError(f'{who}: scaling must be "inverted" or "classic", got {scaling!r}')
+    return scaling == "inverted"
+
+
+def shared_dims(mask_shape: Sequence[int], shape: Sequence[int], who: str) -> list[int]:
+    """The dimensions of ``shape`` along which a mask of ``mask_shape``, aligned at the end, is one."""
+    missing = len(shape) - len(mask_shape)
+    aligned = (1,) * missing + tuple(mask_shape)
+    if missing < 0 or any(m not in (1, s) for m, s in zip(aligned, shape, strict=True)):
+        raise ValueError(
+            f"{who}: mask_shape must be broadcastable to the input's shape {tuple(shape)}, "
+            f"got {tuple(mask_shape)}"
+        )
+    return [d for d, size in enumerate(aligned) if size == 1]
