@@ -1,0 +1,377 @@
+// BatchNorm's two reductions over each channel: moments of x (forward), sums of dz and dz * (x - mean)
+// (backward), with what the last block does: statistics, running buffers, parameter gradients.
+#pragma once
+
+#include "channel_reduce.cuh"
+#include "epilogue.cuh"
+
+namespace modeprobe {
+
+// Resident blocks per multiprocessor. Float64 needs twice the registers.
+template <typename T, bool plain>
+constexpr int kResident = sizeof(T) == 8 ? 1 : plain ? 3 : 2;
+
+// Neighbouring channels per thread with channels last; 1 where rows do not begin at 16-byte borders.
+template <typename T>
+constexpr int kColumns = kPacket<T>;
+
+// Running statistics of one layer; any pointer may be null.
+template <typename T>
+struct Buffers {
+  Parameter<T> mean, variance;
+  int64_t* batches;
+  int64_t* skipped;  // given: a batch that is not finite counts here and changes nothing else
+  bool has_momentum;
+  acc_t<T> momentum;
+
+  // Channels can be folded in one by one, without knowing the others.
+  MODEPROBE_HD bool independent() const { return has_momentum && !skipped; }
+};
+
+template <typename T>
+__device__ __forceinline__ void fold_channel(const Buffers<T>& buffers, int64_t channel,
+                                             const Moments<acc_t<T>>& m, acc_t<T> factor) {
+  using acc = acc_t<T>;
+  const bool assign = factor == acc(1);  // heals a buffer that holds NaN
+  if (buffers.mean.data)
+    buffers.mean.store(channel, assign ? m.mean
+                                       : (acc(1) - factor) * buffers.mean.load(channel) + factor * m.mean);
+  if (buffers.variance.data) {
+    const acc unbiased = m.m2 / acc(m.n - 1);
+    buffers.variance.store(
+        channel, assign ? unbiased : (acc(1) - factor) * buffers.variance.load(channel) + factor * unbiased);
+  }
+}
+
+template <typename acc>
+__device__ __forceinline__ bool is_finite(acc x) {
+  return x - x == acc(0);
+}
+
+// One block folds all channels in; `moments` has one entry per channel.
+template <typename T>
+__device__ __forceinline__ void fold_all(const Buffers<T>& buffers, const Moments<acc_t<T>>* moments,
+                                         int64_t channels) {
+  const int thread = threadIdx.y * blockDim.x + threadIdx.x, threads = blockDim.x * blockDim.y;
+  if (buffers.skipped) {
+    bool bad = false;
+    for (int64_t c = thread; c < channels; c += threads) {
+      const auto m = load_from_other_block(moments + c);
+      bad |= !is_finite(m.mean) || !is_finite(m.m2);
+    }
+    if (__syncthreads_or(bad)) {
+      if (thread == 0) ++*buffers.skipped;
+      return;
+    }
+  }
+  const int64_t batches = buffers.batches ? *buffers.batches + 1 : 1;
+  __syncthreads();
+  if (thread == 0 && buffers.batches) *buffers.batches = batches;
+  const acc_t<T> factor = buffers.has_momentum ? buffers.momentum : acc_t<T>(1) / acc_t<T>(batches);
+  for (int64_t c = thread; c < channels; c += threads) {
+    const auto m = load_from_other_block(moments + c);
+    if (m.n > 0) fold_channel(buffers, c, m, factor);
+  }
+}
+
+// Sums of x - shift and its square for one channel, shift being the thread's first value: what cancels is
+// at most a factor of the thread's own count, however far the mean is from zero.
+template <typename acc>
+struct ShiftedSums {
+  acc shift, sum, squares;
+
+  __device__ __forceinline__ void add(acc x) {
+    const acc d = x - shift;
+    sum += d;
+    squares += d * d;
+  }
+  __device__ __forceinline__ Moments<acc> moments(int64_t n) const {
+    if (n == 0) return {0, acc(0), acc(0)};
+    const acc mean = sum / acc(n), m2 = squares - sum * mean;
+    return {n, shift + mean, m2 < acc(0) ? acc(0) : m2};
+  }
+};
+
+// Eight positions of one channel: those in [first, last) belong to it.
+struct Unit {
+  int64_t at;
+  int first, last;
+};
+
+// Walks the rows of one channel of a contiguous tensor, chunk by chunk, without a division per step.
+struct RowWalk {
+  int64_t row, chunk, row_step, chunk_step, chunks;
+  const Layout& layout;
+  int64_t channel;
+
+  // Chunks that can overlap a row of s elements, wherever it begins.
+  __device__ __forceinline__ RowWalk(const Layout& layout, int64_t channel)
+      : chunks((layout.s + 2 * kLanesPerChunk - 2) / kLanesPerChunk), layout(layout), channel(channel) {
+    const int64_t item = int64_t(blockIdx.y) * kThreads + threadIdx.y, stride = int64_t(gridDim.y) * kThreads;
+    row = item / chunks;
+    chunk = item % chunks;
+    row_step = stride / chunks;
+    chunk_step = stride % chunks;
+  }
+  __device__ __forceinline__ bool done() const { return row >= layout.n; }
+  __device__ __forceinline__ Unit next() {
+    Unit unit{0, 0, 0};
+    if (done()) return unit;
+    const int64_t start = (row * layout.c + channel) * layout.s;
+    unit.at = (start / kLanesPerChunk + chunk) * kLanesPerChunk;
+    const int64_t first = start - unit.at, last = start + layout.s - unit.at;
+    unit.first = first > 0 ? int(first) : 0;
+    unit.last = last < kLanesPerChunk ? (last > 0 ? int(last) : 0) : kLanesPerChunk;
+    row += row_step;
+    chunk += chunk_step;
+    if (chunk >= chunks) {
+      chunk -= chunks;
+      ++row;
+    }
+    return unit;
+  }
+};
+
+constexpr int kUnits = 2;  // loads in flight per thread
+
+template <typename T>
+__device__ __forceinline__ Moments<acc_t<T>> collect_rows(const T* x, const Layout& layout, int64_t channel) {
+  using acc = acc_t<T>;
+  const int64_t elements = layout.elements();
+  const bool aligned = is_aligned(x);
+  ShiftedSums<acc> sums{};
+  int64_t n = 0;
+  RowWalk walk(layout, channel);
+  while (!walk.done()) {
+    Unit unit[kUnits];
+    acc value[kUnits][kLanesPerChunk];
+#pragma unroll
+    for (int u = 0; u < kUnits; ++u) {
+      unit[u] = walk.next();
+      if (unit[u].last > unit[u].first)
+        load_at<T, kLanesPerChunk>(x, unit[u].at, elements,
+                                   aligned && unit[u].at + kLanesPerChunk <= elements, value[u]);
+    }
+#pragma unroll
+    for (int u = 0; u < kUnits; ++u) {
+      const int first = unit[u].first, last = unit[u].last;
+#pragma unroll
+      for (int i = kLanesPerChunk - 1; i >= 0; --i)
+        if (n == 0 && i >= first && i < last) sums.shift = value[u][i];
+      ShiftedSums<acc> chunk{sums.shift, acc(0), acc(0)};
+#pragma unroll
+      for (int i = 0; i < kLanesPerChunk; ++i)
+        if (i >= first && i < last) chunk.add(value[u][i]);
+      sums.sum += chunk.sum;
+      sums.squares += chunk.squares;
+      n += last > first ? last - first : 0;
+    }
+  }
+  return sums.moments(n);
+}
+
+template <typename T, int columns>
+__device__ __forceinline__ void collect_columns(const T* x, const Layout& layout, int64_t channel,
+                                                Moments<acc_t<T>>* moments) {
+  using acc = acc_t<T>;
+  ShiftedSums<acc> sums[columns] = {};
+  int64_t n = 0;
+  if (channel < layout.c) {
+    const int64_t stride = int64_t(gridDim.y) * blockDim.y;
+    for (int64_t row = int64_t(blockIdx.y) * blockDim.y + threadIdx.y; row < layout.n; row += kUnits * stride) {
+      acc value[kUnits][columns];
+#pragma unroll
+      for (int u = 0; u < kUnits; ++u)
+        if (row + u * stride < layout.n)
+          load_at<T, columns>(x, (row + u * stride) * layout.c + channel, layout.elements(), true, value[u]);
+#pragma unroll
+      for (int u = 0; u < kUnits; ++u) {
+        if (row + u * stride >= layout.n) break;
+#pragma unroll
+        for (int i = 0; i < columns; ++i) {
+          if (n == 0) sums[i].shift = value[u][i];
+          sums[i].add(value[u][i]);
+        }
+        ++n;
+      }
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < columns; ++i) moments[i] = sums[i].moments(n);
+}
+
+// Where the moments of the batch go; any pointer may be null.
+template <typename T>
+struct MomentsOutput {
+  acc_t<T>* statistics;  // (2, c): mean and 1 / sqrt(biased variance + eps)
+  acc_t<T>* packed;      // (2 * c + 2): mean, M2, and the count in two digits
+  acc_t<T> eps;
+  Buffers<T> buffers;
+};
+
+// columns = 0: contiguous, a block per channel and slice; else channels last, `columns` of them per thread.
+template <typename T, int columns>
+__global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : 3)
+    batch_norm_moments_kernel(const T* x, Layout layout, Partials<Moments<acc_t<T>>> partials,
+                              MomentsOutput<T> output) {
+  using acc = acc_t<T>;
+  constexpr int kCount = columns ? columns : 1;
+  const int64_t channel =
+      columns ? (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) * kCount : int64_t(blockIdx.x);
+  Moments<acc> moments[kCount];
+  if constexpr (columns == 0)
+    moments[0] = collect_rows(x, layout, channel);
+  else
+    collect_columns<T, columns>(x, layout, channel, moments);
+  if (!merge_grid<Moments<acc>, kCount>(partials, layout.c, channel, moments)) return;
+
+  const bool independent = output.buffers.independent();
+  if (threadIdx.y == 0 && channel < layout.c) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      const int64_t c = channel + i;
+      const Moments<acc>& m = moments[i];
+      if (output.statistics) {
+        output.statistics[c] = m.mean;
+        output.statistics[layout.c + c] = acc(1) / sqrt(m.m2 / acc(m.n) + output.eps);
+      }
+      if (output.packed) {
+        output.packed[c] = m.mean;
+        output.packed[layout.c + c] = m.m2;
+        if (c == 0) split_count(m.n, output.packed + 2 * layout.c, output.packed + 2 * layout.c + 1);
+      }
+      if (independent) {
+        fold_channel(output.buffers, c, m, output.buffers.momentum);
+        if (c == 0 && output.buffers.batches) ++*output.buffers.batches;
+      } else {
+        partials.values[c] = m;
+      }
+    }
+  }
+  if (!independent && (gridDim.x == 1 || is_last_block(partials.grid_ticket(layout.c), gridDim.x))) {
+    __syncthreads();
+    fold_all(output.buffers, partials.values, layout.c);
+  }
+}
+
+// Moments of `parts` processes, (parts, 2 * c + 2), merged in order by one block.
+template <typename T>
+__global__ void __launch_bounds__(kThreads)
+    batch_norm_merge_kernel(const acc_t<T>* parts, int64_t part_count, int64_t channels,
+                            Moments<acc_t<T>>* merged, acc_t<T>* mean, acc_t<T>* variance, acc_t<T>* count,
+                            Buffers<T> buffers) {
+  using acc = acc_t<T>;
+  const int64_t stride = 2 * channels + 2;
+  for (int64_t c = threadIdx.x; c < channels; c += kThreads) {
+    Moments<acc> total{};
+    for (int64_t k = 0; k < part_count; ++k) {
+      const acc* part = parts + k * stride;
+      total = merge(total, {join_count(part[2 * channels], part[2 * channels + 1]), part[c], part[channels + c]});
+    }
+    merged[c] = total;
+    mean[c] = total.mean;
+    variance[c] = total.n > 0 ? total.m2 / acc(total.n) : acc(0);
+    if (c == 0) *count = acc(total.n);
+  }
+  __syncthreads();
+  fold_all(buffers, merged, channels);
+}
+
+// The normalisation as kernels apply it: x -> (x - mean) * scale + shift.
+template <typename T>
+struct ChannelParameters {
+  Parameter<T> mean, spread;  // spread: 1 / standard deviation, or the variance
+  bool spread_is_variance;
+  acc_t<T> eps;
+  Parameter<T> weight, bias;
+
+  __device__ __forceinline__ acc_t<T> invstd(int64_t c) const {
+    const acc_t<T> value = spread.load(c);
+    return spread_is_variance ? acc_t<T>(1) / sqrt(value + eps) : value;
+  }
+  __device__ __forceinline__ acc_t<T> scale(int64_t c) const { return weight.load_or(c, acc_t<T>(1)) * invstd(c); }
+  __device__ __forceinline__ acc_t<T> shift(int64_t c) const { return bias.load_or(c, acc_t<T>(0)); }
+};
+
+template <typename T>
+struct GradientOutput {
+  acc_t<T>* sums;  // (2, c): of dz, of dz * (x - mean) * invstd
+  Parameter<T> weight, bias;
+};
+
+template <typename T, int columns, bool plain>
+__global__ void __launch_bounds__(kThreads, kResident<T, plain>)
+    batch_norm_backward_reduce_kernel(const T* dy, const T* x, Layout layout, ChannelParameters<T> parameters,
+                                      Epilogue<T> epilogue, Partials<Sums<acc_t<T>>> partials,
+                                      GradientOutput<T> output) {
+  using acc = acc_t<T>;
+  constexpr int kCount = columns ? columns : 1, kWidth = columns ? columns : kLanesPerChunk;
+  const int64_t channel =
+      columns ? (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) * kCount : int64_t(blockIdx.x);
+  const int64_t elements = layout.elements();
+  const EpilogueContext<T> context(plain ? Epilogue<T>{} : epilogue);
+  acc mean[kCount], scale[kCount], shift[kCount];
+  Sums<acc> sums[kCount] = {};
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    const bool inside = channel + i < layout.c;
+    mean[i] = inside ? parameters.mean.load(channel + i) : acc(0);
+    scale[i] = inside && !plain ? parameters.scale(channel + i) : acc(0);
+    shift[i] = inside && !plain ? parameters.shift(channel + i) : acc(0);
+  }
+  // dy and x of one unit -> dz and x - mean, in place.
+  const auto differentiate = [&](int64_t at, bool whole, acc* g, acc* v) {
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) v[i] -= mean[columns ? i : 0];
+    if constexpr (!plain) {
+      acc z[kWidth];
+#pragma unroll
+      for (int i = 0; i < kWidth; ++i) z[i] = v[i] * scale[columns ? i : 0] + shift[columns ? i : 0];
+      context.template backward<kWidth>(at, elements, whole, z, g);
+    }
+  };
+
+  if constexpr (columns == 0) {
+    const bool aligned = is_aligned(x) && is_aligned(dy) && is_aligned(context.e.residual);
+    RowWalk walk(layout, channel);
+    while (!walk.done()) {
+      const Unit unit = walk.next();
+      if (unit.last <= unit.first) continue;
+      const bool whole = aligned && unit.at + kLanesPerChunk <= elements;
+      acc g[kWidth], v[kWidth];
+      load_at<T, kWidth>(dy, unit.at, elements, whole, g);
+      load_at<T, kWidth>(x, unit.at, elements, whole, v);
+      differentiate(unit.at, whole, g, v);
+      Sums<acc> chunk{};
+#pragma unroll
+      for (int i = 0; i < kWidth; ++i)
+        if (i >= unit.first && i < unit.last) chunk = merge(chunk, {g[i], g[i] * v[i]});
+      sums[0] = merge(sums[0], chunk);
+    }
+  } else if (channel < layout.c) {
+    const int64_t stride = int64_t(gridDim.y) * blockDim.y;
+    for (int64_t row = int64_t(blockIdx.y) * blockDim.y + threadIdx.y; row < layout.n; row += stride) {
+      acc g[kWidth], v[kWidth];
+      const int64_t at = row * layout.c + channel;
+      load_at<T, kWidth>(dy, at, elements, true, g);
+      load_at<T, kWidth>(x, at, elements, true, v);
+      differentiate(at, true, g, v);
+#pragma unroll
+      for (int i = 0; i < kWidth; ++i) sums[i] = merge(sums[i], {g[i], g[i] * v[i]});
+    }
+  }
+  if (!merge_grid<Sums<acc>, kCount>(partials, layout.c, channel, sums)) return;
+  if (threadIdx.y == 0 && channel < layout.c) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      const int64_t c = channel + i;
+      const acc projected = sums[i].b * parameters.invstd(c);
+      output.sums[c] = sums[i].a;
+      output.sums[layout.c + c] = projected;
+      if (output.weight.data) output.weight.store(c, projected);
+      if (output.bias.data) output.bias.store(c, sums[i].a);
+    }
+  }
+}
+
+}  // namespace modeprobe
