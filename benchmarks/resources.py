@@ -1,4 +1,4 @@
-"""What a compiled kernel costs, read from the compilers' own output: registers, spills, access width, instructions.
+"""What a compiled kernel costs, from the compilers' own output: registers, spills, access width, instructions.
 
 Knows SASS, PTX and the two tools that print them (``cuobjdump`` ships in Triton's wheel); nothing of
 modeprobe. A cubin or an object file with several architectures goes in, one :class:`Resources` per kernel
@@ -111,11 +111,8 @@ def parse_sass(text: str) -> dict[tuple[str, str], list[Instruction]]:
             arch = match[1]
         elif match := re.search(r"Function : (\S+)", line):
             body = found.setdefault((match[1], arch), [])
-        elif body is not None and (match := _INSTRUCTION.match(line)):
-            if match[3] != "NOP":
-                body.append(
-                    Instruction(int(match[1], 16), (match[2] or "").strip(), match[3], match[4].strip())
-                )
+        elif body is not None and (match := _INSTRUCTION.match(line)) and match[3] != "NOP":
+            body.append(Instruction(int(match[1], 16), (match[2] or "").strip(), match[3], match[4].strip()))
     return {key: value for key, value in found.items() if value}
 
 
@@ -135,7 +132,7 @@ def parse_usage(text: str) -> dict[tuple[str, str], dict[str, int]]:
 
 
 def parse_ptxas(text: str) -> dict[tuple[str, str], dict[str, int]]:
-    """``ptxas -v`` output -> {(kernel, arch): {"registers", "stack", "spill_stores", "spill_loads"}} (bytes)."""
+    """``ptxas -v`` output -> {(kernel, arch): registers, and bytes of stack, spill_stores, spill_loads}."""
     found: dict[tuple[str, str], dict[str, int]] = {}
     entry: dict[str, int] = {}
     for line in text.splitlines():

@@ -22,8 +22,12 @@ Buffers<T> buffers_of(const BatchNorm& layer) {
 
 template <typename T>
 Epilogue<T> epilogue_of(const BatchNorm& layer) {
-  return {static_cast<const T*>(layer.residual), Activation(layer.activation),     acc_t<T>(layer.slope), layer.key,
-          rate_source<acc_t<T>>(layer.p, nullptr, true), layer.sign_bits};
+  return {static_cast<const T*>(layer.residual),
+          Activation(layer.activation),
+          acc_t<T>(layer.slope),
+          layer.key,
+          rate_source<acc_t<T>>(layer.p, nullptr, true),
+          layer.sign_bits};
 }
 
 // (2, c) statistics of a batch, or running buffers.
@@ -32,8 +36,12 @@ ChannelParameters<T> parameters_of(const BatchNorm& layer, void* statistics) {
   auto* rows = static_cast<acc_t<T>*>(statistics);
   const Parameter<T> weight{layer.weight, layer.wide_parameters}, bias{layer.bias, layer.wide_parameters};
   if (rows) return {{rows, true}, {rows + layer.c, true}, false, acc_t<T>(layer.eps), weight, bias};
-  return {{layer.running_mean, layer.wide_buffers}, {layer.running_var, layer.wide_buffers}, true,
-          acc_t<T>(layer.eps), weight, bias};
+  return {{layer.running_mean, layer.wide_buffers},
+          {layer.running_var, layer.wide_buffers},
+          true,
+          acc_t<T>(layer.eps),
+          weight,
+          bias};
 }
 
 // Poisoned, exactly as large as the launcher says.
@@ -49,7 +57,8 @@ template <typename T>
 void moments(const BatchNorm& layer, const void* data, const MomentsOutput<T>& output) {
   const auto* x = static_cast<const T*>(data);
   const auto workspace = workspace_of<T, Moments<acc_t<T>>>(layer, columns_align<T>(layout_of(layer), x));
-  check(launch_batch_norm_moments<T>(x, layout_of(layer), layer.channels_last, workspace.get(), output, nullptr));
+  check(launch_batch_norm_moments<T>(x, layout_of(layer), layer.channels_last, workspace.get(), output,
+                                     nullptr));
 }
 
 }  // namespace
@@ -57,7 +66,8 @@ void moments(const BatchNorm& layer, const void* data, const MomentsOutput<T>& o
 void batch_norm_train(Dtype dtype, const BatchNorm& layer, const void* x, void* y, void* statistics) {
   dispatch(dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    moments<T>(layer, x, {static_cast<acc_t<T>*>(statistics), nullptr, acc_t<T>(layer.eps), buffers_of<T>(layer)});
+    moments<T>(layer, x,
+               {static_cast<acc_t<T>*>(statistics), nullptr, acc_t<T>(layer.eps), buffers_of<T>(layer)});
     check(launch_batch_norm_normalize<T>(static_cast<const T*>(x), static_cast<T*>(y), layout_of(layer),
                                          layer.channels_last, parameters_of<T>(layer, statistics), nullptr,
                                          epilogue_of<T>(layer), nullptr));
@@ -73,8 +83,9 @@ void batch_norm_eval(Dtype dtype, const BatchNorm& layer, const void* x, void* y
   });
 }
 
-void batch_norm_backward(Dtype dtype, const BatchNorm& layer, bool batch_statistics, const void* dy, const void* x,
-                         void* statistics, void* sums, void* dx, void* d_residual, void* d_weight, void* d_bias) {
+void batch_norm_backward(Dtype dtype, const BatchNorm& layer, bool batch_statistics, const void* dy,
+                         const void* x, void* statistics, void* sums, void* dx, void* d_residual,
+                         void* d_weight, void* d_bias) {
   dispatch(dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     const auto* gradient = static_cast<const T*>(dy);
@@ -83,17 +94,17 @@ void batch_norm_backward(Dtype dtype, const BatchNorm& layer, bool batch_statist
     const auto parameters = parameters_of<T>(layer, statistics);
     const auto epilogue = epilogue_of<T>(layer);
     if (sums) {
-      const auto workspace =
-          workspace_of<T, Sums<acc_t<T>>>(layer, columns_align<T>(layout, input, gradient, epilogue.residual));
+      const auto workspace = workspace_of<T, Sums<acc_t<T>>>(
+          layer, columns_align<T>(layout, input, gradient, epilogue.residual));
       const GradientOutput<T> output{
           static_cast<acc_t<T>*>(sums), {d_weight, layer.wide_parameters}, {d_bias, layer.wide_parameters}};
-      check(launch_batch_norm_backward_reduce<T>(gradient, input, layout, layer.channels_last, parameters, epilogue,
-                                                 workspace.get(), output, nullptr));
+      check(launch_batch_norm_backward_reduce<T>(gradient, input, layout, layer.channels_last, parameters,
+                                                 epilogue, workspace.get(), output, nullptr));
     }
-    check(launch_batch_norm_input_gradient<T>(gradient, input, static_cast<T*>(dx), static_cast<T*>(d_residual),
-                                              layout, layer.channels_last, parameters,
-                                              batch_statistics ? static_cast<acc_t<T>*>(sums) : nullptr,
-                                              acc_t<T>(1) / acc_t<T>(layout.per_channel()), epilogue, nullptr));
+    check(launch_batch_norm_input_gradient<T>(
+        gradient, input, static_cast<T*>(dx), static_cast<T*>(d_residual), layout, layer.channels_last,
+        parameters, batch_statistics ? static_cast<acc_t<T>*>(sums) : nullptr,
+        acc_t<T>(1) / acc_t<T>(layout.per_channel()), epilogue, nullptr));
   });
 }
 
@@ -113,8 +124,8 @@ void batch_norm_merge(Dtype dtype, const BatchNorm& layer, const void* parts, in
     using acc = acc_t<T>;
     const auto merged = std::make_unique<Moments<acc>[]>(layer.c);
     check(launch_batch_norm_merge<T>(static_cast<const acc*>(parts), part_count, layer.c, merged.get(),
-                                     static_cast<acc*>(mean), static_cast<acc*>(variance), static_cast<acc*>(count),
-                                     buffers_of<T>(layer), nullptr));
+                                     static_cast<acc*>(mean), static_cast<acc*>(variance),
+                                     static_cast<acc*>(count), buffers_of<T>(layer), nullptr));
   });
 }
 

@@ -16,7 +16,7 @@ T* at(uintptr_t address) {
 }
 
 template <typename T>
-void pointer(py::class_<BatchNorm>& layer, const char* name, T* BatchNorm::*member) {
+void pointer(py::class_<BatchNorm>& layer, const char* name, T* BatchNorm::* member) {
   layer.def_property(
       name, [member](const BatchNorm& self) { return reinterpret_cast<uintptr_t>(self.*member); },
       [member](BatchNorm& self, uintptr_t address) { self.*member = at<T>(address); });
@@ -29,14 +29,17 @@ PYBIND11_MODULE(modeprobe_emulator, m) {
   m.def("configure", [](uint64_t seed, int multiprocessors, int resident_blocks) {
     emulator::settings() = {seed, multiprocessors, resident_blocks};
   });
-  m.def("dropout", [](int dtype, uintptr_t x, uintptr_t y, int64_t n, uintptr_t key, uint64_t offset, double p,
-                      uintptr_t p_on_device, bool scaled) {
-    dropout(Dtype(dtype), at<void>(x), at<void>(y), n, at<int64_t>(key), offset, {p, at<void>(p_on_device), scaled});
+  m.def("dropout", [](int dtype, uintptr_t x, uintptr_t y, int64_t n, uintptr_t key, uint64_t offset,
+                      double p, uintptr_t p_on_device, bool scaled) {
+    dropout(Dtype(dtype), at<void>(x), at<void>(y), n, at<int64_t>(key), offset,
+            {p, at<void>(p_on_device), scaled});
   });
-  m.def("dropout_mask", [](uintptr_t mask, int64_t n, uintptr_t key, uint64_t offset, double p, uintptr_t p_on_device) {
-    dropout_mask(at<uint8_t>(mask), n, at<int64_t>(key), offset, {p, at<void>(p_on_device)});
-  });
-  m.def("fold_in", [](uintptr_t out, uintptr_t key, uint64_t n) { fold_in(at<int64_t>(out), at<int64_t>(key), n); });
+  m.def("dropout_mask",
+        [](uintptr_t mask, int64_t n, uintptr_t key, uint64_t offset, double p, uintptr_t p_on_device) {
+          dropout_mask(at<uint8_t>(mask), n, at<int64_t>(key), offset, {p, at<void>(p_on_device)});
+        });
+  m.def("fold_in",
+        [](uintptr_t out, uintptr_t key, uint64_t n) { fold_in(at<int64_t>(out), at<int64_t>(key), n); });
 
   py::class_<BatchNorm> layer(m, "BatchNorm");
   layer.def(py::init([](int64_t n, int64_t c, int64_t s, bool channels_last) {
@@ -61,24 +64,26 @@ PYBIND11_MODULE(modeprobe_emulator, m) {
   pointer(layer, "residual", &BatchNorm::residual);
   pointer(layer, "key", &BatchNorm::key);
   pointer(layer, "sign_bits", &BatchNorm::sign_bits);
-  m.def("batch_norm_train", [](int dtype, const BatchNorm& layer, uintptr_t x, uintptr_t y, uintptr_t statistics) {
-    batch_norm_train(Dtype(dtype), layer, at<void>(x), at<void>(y), at<void>(statistics));
-  });
-  m.def("batch_norm_eval", [](int dtype, const BatchNorm& layer, uintptr_t x, uintptr_t y, uintptr_t statistics) {
-    batch_norm_eval(Dtype(dtype), layer, at<void>(x), at<void>(y), at<void>(statistics));
-  });
-  m.def("batch_norm_backward",
-        [](int dtype, const BatchNorm& layer, bool batch_statistics, uintptr_t dy, uintptr_t x, uintptr_t statistics,
-           uintptr_t sums, uintptr_t dx, uintptr_t d_residual, uintptr_t d_weight, uintptr_t d_bias) {
-          batch_norm_backward(Dtype(dtype), layer, batch_statistics, at<void>(dy), at<void>(x), at<void>(statistics),
-                              at<void>(sums), at<void>(dx), at<void>(d_residual), at<void>(d_weight),
-                              at<void>(d_bias));
+  m.def("batch_norm_train",
+        [](int dtype, const BatchNorm& layer, uintptr_t x, uintptr_t y, uintptr_t statistics) {
+          batch_norm_train(Dtype(dtype), layer, at<void>(x), at<void>(y), at<void>(statistics));
         });
+  m.def("batch_norm_eval",
+        [](int dtype, const BatchNorm& layer, uintptr_t x, uintptr_t y, uintptr_t statistics) {
+          batch_norm_eval(Dtype(dtype), layer, at<void>(x), at<void>(y), at<void>(statistics));
+        });
+  m.def("batch_norm_backward", [](int dtype, const BatchNorm& layer, bool batch_statistics, uintptr_t dy,
+                                  uintptr_t x, uintptr_t statistics, uintptr_t sums, uintptr_t dx,
+                                  uintptr_t d_residual, uintptr_t d_weight, uintptr_t d_bias) {
+    batch_norm_backward(Dtype(dtype), layer, batch_statistics, at<void>(dy), at<void>(x),
+                        at<void>(statistics), at<void>(sums), at<void>(dx), at<void>(d_residual),
+                        at<void>(d_weight), at<void>(d_bias));
+  });
   m.def("batch_norm_moments", [](int dtype, const BatchNorm& layer, uintptr_t x, uintptr_t packed) {
     batch_norm_moments(Dtype(dtype), layer, at<void>(x), at<void>(packed));
   });
-  m.def("batch_norm_merge", [](int dtype, const BatchNorm& layer, uintptr_t parts, int64_t part_count, uintptr_t mean,
-                               uintptr_t variance, uintptr_t count) {
+  m.def("batch_norm_merge", [](int dtype, const BatchNorm& layer, uintptr_t parts, int64_t part_count,
+                               uintptr_t mean, uintptr_t variance, uintptr_t count) {
     batch_norm_merge(Dtype(dtype), layer, at<void>(parts), part_count, at<void>(mean), at<void>(variance),
                      at<void>(count));
   });

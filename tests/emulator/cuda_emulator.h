@@ -1,4 +1,5 @@
-// CUDA's names for g++: what launch.cuh includes instead of the CUDA runtime. See scheduler.h for the machine.
+// CUDA's names for g++: what launch.cuh includes instead of the CUDA runtime. See scheduler.h for the
+// machine.
 #pragma once
 
 #include <algorithm>
@@ -22,10 +23,10 @@
 #define gridDim (::emulator::current()->block->grid->grid_dim)
 
 // One object per block and place in the source; it starts as NaN.
-#define MODEPROBE_SHARED(name, ...)                    \
+#define MODEPROBE_SHARED(name, ...)                                  \
   auto& name = ::emulator::shared<__VA_ARGS__>([]() -> const void* { \
-    static const char site = 0;                        \
-    return &site;                                      \
+    static const char site = 0;                                      \
+    return &site;                                                    \
   }())
 
 #define MODEPROBE_CHECK_ALIGNED(pointer, bytes) ::emulator::check_aligned(pointer, bytes)

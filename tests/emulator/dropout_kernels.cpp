@@ -6,8 +6,8 @@ namespace emulated {
 void dropout(Dtype dtype, const void* x, void* y, int64_t n, const int64_t* key, uint64_t offset, Rate rate) {
   dispatch(dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    check(modeprobe::launch_dropout_forward<T>(static_cast<const T*>(x), static_cast<T*>(y), n, key, offset, rate.p,
-                                               rate.on_device, rate.scaled, nullptr));
+    check(modeprobe::launch_dropout_forward<T>(static_cast<const T*>(x), static_cast<T*>(y), n, key, offset,
+                                               rate.p, rate.on_device, rate.scaled, nullptr));
   });
 }
 

@@ -39,8 +39,9 @@ struct BatchNorm {
 void batch_norm_train(Dtype dtype, const BatchNorm& layer, const void* x, void* y, void* statistics);
 void batch_norm_eval(Dtype dtype, const BatchNorm& layer, const void* x, void* y, void* statistics);
 // d_weight, d_bias: of the parameters' dtype. sums: (2, c) of acc.
-void batch_norm_backward(Dtype dtype, const BatchNorm& layer, bool batch_statistics, const void* dy, const void* x,
-                         void* statistics, void* sums, void* dx, void* d_residual, void* d_weight, void* d_bias);
+void batch_norm_backward(Dtype dtype, const BatchNorm& layer, bool batch_statistics, const void* dy,
+                         const void* x, void* statistics, void* sums, void* dx, void* d_residual,
+                         void* d_weight, void* d_bias);
 void batch_norm_moments(Dtype dtype, const BatchNorm& layer, const void* x, void* packed);
 void batch_norm_merge(Dtype dtype, const BatchNorm& layer, const void* parts, int64_t part_count, void* mean,
                       void* variance, void* count);

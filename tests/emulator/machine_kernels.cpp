@@ -6,7 +6,7 @@
 #include "modeprobe/vector.cuh"
 
 namespace emulated {
-namespace {
+namespace machine {  // named, so that a fault can tell the kernel's name
 
 using namespace modeprobe;
 
@@ -42,7 +42,9 @@ __global__ void inactive_lane_kernel(const float*, float* out) {
 __global__ void outside_mask_kernel(const float*, float* out) {
   out[threadIdx.x] = threadIdx.x % kWarp < 16 ? __shfl_sync(0xffffu, 1.0f, 20) : 0.0f;
 }
-__global__ void not_in_mask_kernel(const float*, float* out) { out[threadIdx.x] = __shfl_sync(0xffu, 1.0f, 0); }
+__global__ void not_in_mask_kernel(const float*, float* out) {
+  out[threadIdx.x] = __shfl_sync(0xffu, 1.0f, 0);
+}
 __global__ void never_completes_kernel(const float*, float* out) {
   if (threadIdx.x == 0)
     emulator::grid_barrier();
@@ -101,11 +103,11 @@ const std::map<std::string, Kernel>& kernels() {
   return all;
 }
 
-}  // namespace
+}  // namespace machine
 
-void run_machine_kernel(const std::string& name, const float* x, float* out, unsigned blocks, unsigned threads,
-                        bool cooperative) {
-  const Kernel kernel = kernels().at(name);
+void run_machine_kernel(const std::string& name, const float* x, float* out, unsigned blocks,
+                        unsigned threads, bool cooperative) {
+  const machine::Kernel kernel = machine::kernels().at(name);
   if (cooperative)
     emulator::launch_cooperative(kernel, blocks, threads, blocks * sizeof(float), x, out);
   else

@@ -305,8 +305,7 @@ void step() {
 }
 
 void finish_blocks() {
-  std::erase_if(machine.resident,
-                [](const auto& block) { return block->done == int(block->fibers.size()); });
+  std::erase_if(machine.resident, [](const auto& block) { return block->done == int(block->fibers.size()); });
 }
 
 void abandon() {
@@ -358,7 +357,8 @@ Exchange exchange(Site site, uint32_t mask, uint64_t value) {
 
 void check_active(Site site, uint32_t mask, int source) {
   if (source < 0 || source >= kWarpSize || !(mask >> source & 1))
-    fail(*current(), "a shuffle at " + text(site) + " that reads an inactive lane, " + std::to_string(source));
+    fail(*current(),
+         "a shuffle at " + text(site) + " that reads an inactive lane, " + std::to_string(source));
 }
 
 void check_aligned(const void* pointer, size_t bytes) {

@@ -2,7 +2,8 @@
 //
 // A seed permutes the order of blocks and, at every step, the choice of the fiber that runs next: with a
 // barrier missing, some order reads what is not written yet (shared memory starts as NaN). Wrong use is an
-// exception that names kernel, block and thread. Not shown: races inside a warp's step, memory ordering, speed.
+// exception that names kernel, block and thread. Not shown: races inside a warp's step, memory ordering,
+// speed.
 #pragma once
 
 #include <array>
@@ -26,9 +27,9 @@ struct dim3 {
 };
 
 struct Settings {
-  uint64_t seed = 0;          // 0: blocks and threads in their natural order
-  int multiprocessors = 2;    // what kernels are told
-  int resident_blocks = 2;    // blocks that run interleaved; a cooperative launch has all of them resident
+  uint64_t seed = 0;        // 0: blocks and threads in their natural order
+  int multiprocessors = 2;  // what kernels are told
+  int resident_blocks = 2;  // blocks that run interleaved; a cooperative launch has all of them resident
 };
 Settings& settings();
 

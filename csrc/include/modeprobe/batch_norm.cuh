@@ -12,8 +12,8 @@ namespace modeprobe {
 
 constexpr int kElementwiseBlocks = 4;  // per multiprocessor, at most
 
-// Calls apply(first, channel) for each channel of the cursor's chunk: lanes from `first` on are that channel's
-// until the next call. Almost always once, with first a constant 0.
+// Calls apply(first, channel) for each channel of the cursor's chunk: lanes from `first` on are that
+// channel's until the next call. Almost always once, with first a constant 0.
 template <typename Apply>
 __device__ __forceinline__ void for_channels(const Layout& layout, const Cursor& cursor, Apply&& apply) {
   apply(std::integral_constant<int, 0>{}, cursor.channel);
@@ -30,7 +30,8 @@ struct ChunkWalk {
   int64_t chunk, stride, chunks;
 
   __device__ __forceinline__ ChunkWalk(const Layout& layout, int64_t period) {
-    const int64_t thread = int64_t(blockIdx.x) * kThreads + threadIdx.x, threads = int64_t(gridDim.x) * kThreads;
+    const int64_t thread = int64_t(blockIdx.x) * kThreads + threadIdx.x,
+                  threads = int64_t(gridDim.x) * kThreads;
     chunks = (layout.elements() + kLanesPerChunk - 1) / kLanesPerChunk;
     stride = threads / period * period;
     chunk = thread < stride ? thread : chunks;
@@ -39,8 +40,8 @@ struct ChunkWalk {
 
 template <typename T, bool channels_last, bool plain>
 __global__ void __launch_bounds__(kThreads, kResident<T, plain>)
-    batch_norm_normalize_kernel(const T* x, T* y, Layout layout, int64_t period, ChannelParameters<T> parameters,
-                                acc_t<T>* statistics, Epilogue<T> epilogue) {
+    batch_norm_normalize_kernel(const T* x, T* y, Layout layout, int64_t period,
+                                ChannelParameters<T> parameters, acc_t<T>* statistics, Epilogue<T> epilogue) {
   using acc = acc_t<T>;
   constexpr int kLanes = kLanesPerChunk;
   const EpilogueContext<T> context(plain ? Epilogue<T>{} : epilogue);
@@ -91,9 +92,9 @@ __global__ void __launch_bounds__(kThreads, kResident<T, plain>)
 // (statistics that do not depend on x) dx = scale * dz, and x may be null where no activation needs it.
 template <typename T, bool channels_last, bool plain>
 __global__ void __launch_bounds__(kThreads, channels_last && !plain ? 1 : kResident<T, plain>)
-    batch_norm_input_gradient_kernel(const T* dy, const T* x, T* dx, T* d_residual, Layout layout, int64_t period,
-                                     ChannelParameters<T> parameters, const acc_t<T>* sums, acc_t<T> share,
-                                     Epilogue<T> epilogue) {
+    batch_norm_input_gradient_kernel(const T* dy, const T* x, T* dx, T* d_residual, Layout layout,
+                                     int64_t period, ChannelParameters<T> parameters, const acc_t<T>* sums,
+                                     acc_t<T> share, Epilogue<T> epilogue) {
   using acc = acc_t<T>;
   constexpr int kLanes = kLanesPerChunk;
   const EpilogueContext<T> context(plain ? Epilogue<T>{} : epilogue);
@@ -135,7 +136,8 @@ __global__ void __launch_bounds__(kThreads, channels_last && !plain ? 1 : kResid
       }
     } else {
       for_channels(layout, cursor, [&](auto first, uint32_t c) {
-        const acc m = parameters.mean.load(c), s = parameters.scale(c), h = plain ? acc(0) : parameters.shift(c);
+        const acc m = parameters.mean.load(c), s = parameters.scale(c),
+                  h = plain ? acc(0) : parameters.shift(c);
         const acc a_c = a_of(c), b_c = b_of(c);
 #pragma unroll
         for (int i = 0; i < kLanes; ++i) {
@@ -165,7 +167,8 @@ bool columns_align(const Layout& layout, Pointers... pointers) {
   return layout.c % kColumns<T> == 0 && ((reinterpret_cast<uintptr_t>(pointers) % kPacketBytes == 0) && ...);
 }
 
-// Bytes of workspace for a reduction with these inputs; only the first Partials::ticket_bytes(c) must be zero.
+// Bytes of workspace for a reduction with these inputs; only the first Partials::ticket_bytes(c) must be
+// zero.
 template <typename T, typename Value>
 size_t reduce_workspace_bytes(const Layout& layout, bool channels_last, bool columns_aligned) {
   const int columns = !channels_last ? 0 : columns_aligned ? kColumns<T> : 1;
@@ -198,8 +201,8 @@ template <typename T>
 cudaError_t launch_batch_norm_merge(const acc_t<T>* parts, int64_t part_count, int64_t channels,
                                     Moments<acc_t<T>>* merged, acc_t<T>* mean, acc_t<T>* variance,
                                     acc_t<T>* count, const Buffers<T>& buffers, cudaStream_t stream) {
-  return launch(batch_norm_merge_kernel<T>, dim3(1), dim3(kThreads), stream, parts, part_count, channels, merged,
-                mean, variance, count, buffers);
+  return launch(batch_norm_merge_kernel<T>, dim3(1), dim3(kThreads), stream, parts, part_count, channels,
+                merged, mean, variance, count, buffers);
 }
 
 struct ElementwiseShape {
@@ -229,8 +232,8 @@ cudaError_t launch_batch_norm_normalize(const T* x, T* y, const Layout& layout, 
 }
 
 template <typename T>
-cudaError_t launch_batch_norm_backward_reduce(const T* dy, const T* x, const Layout& layout, bool channels_last,
-                                              const ChannelParameters<T>& parameters,
+cudaError_t launch_batch_norm_backward_reduce(const T* dy, const T* x, const Layout& layout,
+                                              bool channels_last, const ChannelParameters<T>& parameters,
                                               const Epilogue<T>& epilogue, void* workspace,
                                               const GradientOutput<T>& output, cudaStream_t stream) {
   using Value = Sums<acc_t<T>>;
@@ -247,14 +250,16 @@ cudaError_t launch_batch_norm_backward_reduce(const T* dy, const T* x, const Lay
                           : batch_norm_backward_reduce_kernel<T, 1, plain.value>;
   };
   const auto kernel = is_plain(epilogue) ? choose(std::true_type{}) : choose(std::false_type{});
-  return launch(kernel, shape.grid, shape.block, stream, dy, x, layout, parameters, epilogue, partials, output);
+  return launch(kernel, shape.grid, shape.block, stream, dy, x, layout, parameters, epilogue, partials,
+                output);
 }
 
 // dx, d_residual: either may be null. sums: (2, c) or null; share: 1 / count where sums are not yet divided.
 template <typename T>
-cudaError_t launch_batch_norm_input_gradient(const T* dy, const T* x, T* dx, T* d_residual, const Layout& layout,
-                                             bool channels_last, const ChannelParameters<T>& parameters,
-                                             const acc_t<T>* sums, acc_t<T> share, const Epilogue<T>& epilogue,
+cudaError_t launch_batch_norm_input_gradient(const T* dy, const T* x, T* dx, T* d_residual,
+                                             const Layout& layout, bool channels_last,
+                                             const ChannelParameters<T>& parameters, const acc_t<T>* sums,
+                                             acc_t<T> share, const Epilogue<T>& epilogue,
                                              cudaStream_t stream) {
   const auto [grid, period] = elementwise_shape(layout, channels_last);
   const bool plain = is_plain(epilogue) && d_residual == nullptr;

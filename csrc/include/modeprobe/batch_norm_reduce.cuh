@@ -9,7 +9,9 @@ namespace modeprobe {
 
 // Resident blocks per multiprocessor. Float64 needs twice the registers.
 template <typename T, bool plain>
-constexpr int kResident = sizeof(T) == 8 ? 1 : plain ? 3 : 2;
+constexpr int kResident = sizeof(T) == 8 ? 1
+                          : plain        ? 3
+                                         : 2;
 
 // Neighbouring channels per thread with channels last; 1 where rows do not begin at 16-byte borders.
 template <typename T>
@@ -34,8 +36,8 @@ __device__ __forceinline__ void fold_channel(const Buffers<T>& buffers, int64_t 
   using acc = acc_t<T>;
   const bool assign = factor == acc(1);  // heals a buffer that holds NaN
   if (buffers.mean.data)
-    buffers.mean.store(channel, assign ? m.mean
-                                       : (acc(1) - factor) * buffers.mean.load(channel) + factor * m.mean);
+    buffers.mean.store(channel,
+                       assign ? m.mean : (acc(1) - factor) * buffers.mean.load(channel) + factor * m.mean);
   if (buffers.variance.data) {
     const acc unbiased = m.m2 / acc(m.n - 1);
     buffers.variance.store(
@@ -75,7 +77,9 @@ __device__ __forceinline__ void fold_all(const Buffers<T>& buffers, const Moment
 }
 
 // Sums of x - shift and its square for one channel, shift being the thread's first value: what cancels is
-// at most a factor of the thread's own count, however far the mean is from zero.
+// at most a factor of the thread's own count, however far the mean is from zero. Means are passed on relative
+// to the channel's first element, the pivot: rounding a mean of 1e4 standard deviations would cost the
+// variance its fourth digit at every merge.
 template <typename acc>
 struct ShiftedSums {
   acc shift, sum, squares;
@@ -85,10 +89,10 @@ struct ShiftedSums {
     sum += d;
     squares += d * d;
   }
-  __device__ __forceinline__ Moments<acc> moments(int64_t n) const {
+  __device__ __forceinline__ Moments<acc> moments(int64_t n, acc pivot) const {
     if (n == 0) return {0, acc(0), acc(0)};
     const acc mean = sum / acc(n), m2 = squares - sum * mean;
-    return {n, shift + mean, m2 < acc(0) ? acc(0) : m2};
+    return {n, (shift - pivot) + mean, m2 < acc(0) ? acc(0) : m2};
   }
 };
 
@@ -135,7 +139,8 @@ struct RowWalk {
 constexpr int kUnits = 2;  // loads in flight per thread
 
 template <typename T>
-__device__ __forceinline__ Moments<acc_t<T>> collect_rows(const T* x, const Layout& layout, int64_t channel) {
+__device__ __forceinline__ Moments<acc_t<T>> collect_rows(const T* x, const Layout& layout, int64_t channel,
+                                                          acc_t<T> pivot) {
   using acc = acc_t<T>;
   const int64_t elements = layout.elements();
   const bool aligned = is_aligned(x);
@@ -167,18 +172,19 @@ __device__ __forceinline__ Moments<acc_t<T>> collect_rows(const T* x, const Layo
       n += last > first ? last - first : 0;
     }
   }
-  return sums.moments(n);
+  return sums.moments(n, pivot);
 }
 
 template <typename T, int columns>
 __device__ __forceinline__ void collect_columns(const T* x, const Layout& layout, int64_t channel,
-                                                Moments<acc_t<T>>* moments) {
+                                                const acc_t<T>* pivot, Moments<acc_t<T>>* moments) {
   using acc = acc_t<T>;
   ShiftedSums<acc> sums[columns] = {};
   int64_t n = 0;
   if (channel < layout.c) {
     const int64_t stride = int64_t(gridDim.y) * blockDim.y;
-    for (int64_t row = int64_t(blockIdx.y) * blockDim.y + threadIdx.y; row < layout.n; row += kUnits * stride) {
+    for (int64_t row = int64_t(blockIdx.y) * blockDim.y + threadIdx.y; row < layout.n;
+         row += kUnits * stride) {
       acc value[kUnits][columns];
 #pragma unroll
       for (int u = 0; u < kUnits; ++u)
@@ -197,7 +203,7 @@ __device__ __forceinline__ void collect_columns(const T* x, const Layout& layout
     }
   }
 #pragma unroll
-  for (int i = 0; i < columns; ++i) moments[i] = sums[i].moments(n);
+  for (int i = 0; i < columns; ++i) moments[i] = sums[i].moments(n, pivot[i]);
 }
 
 // Where the moments of the batch go; any pointer may be null.
@@ -218,11 +224,15 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : 3)
   constexpr int kCount = columns ? columns : 1;
   const int64_t channel =
       columns ? (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) * kCount : int64_t(blockIdx.x);
+  acc pivot[kCount];
+#pragma unroll
+  for (int i = 0; i < kCount; ++i)
+    pivot[i] = channel + i < layout.c && layout.n > 0 ? widen(x[(channel + i) * layout.s]) : acc(0);
   Moments<acc> moments[kCount];
   if constexpr (columns == 0)
-    moments[0] = collect_rows(x, layout, channel);
+    moments[0] = collect_rows(x, layout, channel, pivot[0]);
   else
-    collect_columns<T, columns>(x, layout, channel, moments);
+    collect_columns<T, columns>(x, layout, channel, pivot, moments);
   if (!merge_grid<Moments<acc>, kCount>(partials, layout.c, channel, moments)) return;
 
   const bool independent = output.buffers.independent();
@@ -230,7 +240,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : 3)
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
       const int64_t c = channel + i;
-      const Moments<acc>& m = moments[i];
+      const Moments<acc> m{moments[i].n, pivot[i] + moments[i].mean, moments[i].m2};
       if (output.statistics) {
         output.statistics[c] = m.mean;
         output.statistics[layout.c + c] = acc(1) / sqrt(m.m2 / acc(m.n) + output.eps);
@@ -266,7 +276,8 @@ __global__ void __launch_bounds__(kThreads)
     Moments<acc> total{};
     for (int64_t k = 0; k < part_count; ++k) {
       const acc* part = parts + k * stride;
-      total = merge(total, {join_count(part[2 * channels], part[2 * channels + 1]), part[c], part[channels + c]});
+      total =
+          merge(total, {join_count(part[2 * channels], part[2 * channels + 1]), part[c], part[channels + c]});
     }
     merged[c] = total;
     mean[c] = total.mean;
@@ -289,7 +300,9 @@ struct ChannelParameters {
     const acc_t<T> value = spread.load(c);
     return spread_is_variance ? acc_t<T>(1) / sqrt(value + eps) : value;
   }
-  __device__ __forceinline__ acc_t<T> scale(int64_t c) const { return weight.load_or(c, acc_t<T>(1)) * invstd(c); }
+  __device__ __forceinline__ acc_t<T> scale(int64_t c) const {
+    return weight.load_or(c, acc_t<T>(1)) * invstd(c);
+  }
   __device__ __forceinline__ acc_t<T> shift(int64_t c) const { return bias.load_or(c, acc_t<T>(0)); }
 };
 

@@ -100,8 +100,7 @@ __device__ __forceinline__ bool merge_grid(const Partials<Value>& partials, int6
     for (unsigned slice = threadIdx.y; slice < slices; slice += blockDim.y) {
 #pragma unroll
       for (int i = 0; i < count; ++i)
-        value[i] =
-            merge(value[i], load_from_other_block(partials.values + slice * channels + channel + i));
+        value[i] = merge(value[i], load_from_other_block(partials.values + slice * channels + channel + i));
     }
   }
   merge_rows<Value, count>(value);
@@ -121,7 +120,8 @@ inline unsigned power_of_two_at_least(int64_t wanted, unsigned most) {
   return found;
 }
 
-// channels_per_thread: neighbouring channels that a thread reduces (channels last), or 0: a block per channel.
+// channels_per_thread: neighbouring channels that a thread reduces (channels last), or 0: a block per
+// channel.
 inline ReduceShape reduce_shape(const Layout& layout, int channels_per_thread) {
   const int64_t resident = int64_t(multiprocessors()) * kReduceBlocks;
   unsigned x = 1;

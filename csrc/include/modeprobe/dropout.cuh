@@ -38,7 +38,8 @@ __global__ void __launch_bounds__(kThreads, kDropoutBlocks)
   const Rate<acc> rate = resolve(source);
   const ChunkRange range = chunk_range(x, y, n, offset);
   const uint64_t first_chunk = offset / kLanesPerChunk;
-  const int64_t thread = int64_t(blockIdx.x) * kThreads + threadIdx.x, threads = int64_t(gridDim.x) * kThreads;
+  const int64_t thread = int64_t(blockIdx.x) * kThreads + threadIdx.x,
+                threads = int64_t(gridDim.x) * kThreads;
   // Where chunk 0 would begin.
   x -= range.head;
   y -= range.head;
@@ -48,7 +49,8 @@ __global__ void __launch_bounds__(kThreads, kDropoutBlocks)
 #pragma unroll
     for (int k = 0; k < kChunks; ++k)
       if (k == 0 || chunk + k * threads < range.whole_end)
-        load_elements<T, kLanesPerChunk>(x + (chunk + k * threads) * kLanesPerChunk, value + k * kLanesPerChunk);
+        load_elements<T, kLanesPerChunk>(x + (chunk + k * threads) * kLanesPerChunk,
+                                         value + k * kLanesPerChunk);
     const auto lanes = decide<kChunks>(key, rate, first_chunk + chunk, threads);
 #pragma unroll
     for (int lane = 0; lane < kChunks * kLanesPerChunk; ++lane)
@@ -105,15 +107,16 @@ static __global__ void __launch_bounds__(kThreads, kDropoutBlocks)
   }
 }
 
-inline cudaError_t launch_dropout_mask(uint8_t* mask, int64_t n, const int64_t* key, uint64_t offset, double p,
-                                       const void* p_on_device, cudaStream_t stream) {
+inline cudaError_t launch_dropout_mask(uint8_t* mask, int64_t n, const int64_t* key, uint64_t offset,
+                                       double p, const void* p_on_device, cudaStream_t stream) {
   if (n == 0) return cudaSuccess;
   const int64_t chunks = n / kLanesPerChunk + 2;
   return launch(dropout_mask_kernel, dim3(grid_stride_blocks(chunks, kDropoutBlocks)), dim3(kThreads), stream,
                 mask, n, key, offset, rate_source<float>(p, p_on_device, false));
 }
 
-static __global__ void fold_in_kernel(int64_t* out, const int64_t* key, uint64_t n, const int64_t* n_on_device) {
+static __global__ void fold_in_kernel(int64_t* out, const int64_t* key, uint64_t n,
+                                      const int64_t* n_on_device) {
   const Key child = fold(load_key(key), n_on_device ? uint64_t(*n_on_device) : n);
   out[0] = int64_t(child.seed);
   out[1] = int64_t(child.stream);

@@ -137,7 +137,8 @@ struct EpilogueContext {
     if (e.activation == Activation::kNone) return;
     if (e.sign_bits) {
       const acc below = e.activation == Activation::kRelu ? acc(0) : e.slope;
-      const uint32_t bits = at < end ? uint32_t(e.sign_bits[at / kLanesPerChunk]) >> (at % kLanesPerChunk) : 0;
+      const uint32_t bits =
+          at < end ? uint32_t(e.sign_bits[at / kLanesPerChunk]) >> (at % kLanesPerChunk) : 0;
 #pragma unroll
       for (int i = 0; i < count; ++i) dy[i] = bits >> i & 1 ? dy[i] : dy[i] * below;
       return;

@@ -10,9 +10,9 @@ namespace modeprobe {
 // A probability made ready: T = round((1 - p) * 2^32) as the largest kept draw, T - 1, and the scale.
 template <typename acc>
 struct Rate {
-  uint32_t limit;       // T - 1, or 0 where T = 0
-  uint32_t hi_pair;     // T >> 16, twice: what both draws of a word are searched for
-  uint32_t drops_all;   // T = 0
+  uint32_t limit;      // T - 1, or 0 where T = 0
+  uint32_t hi_pair;    // T >> 16, twice: what both draws of a word are searched for
+  uint32_t drops_all;  // T = 0
   acc scale;
 };
 

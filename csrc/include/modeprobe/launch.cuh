@@ -18,7 +18,7 @@ template <typename T>
 using type_of = T;
 }
 
-#define MODEPROBE_SHARED(name, ...) __shared__ ::modeprobe::type_of<__VA_ARGS__> name
+#define MODEPROBE_SHARED(name, ...) __shared__::modeprobe::type_of<__VA_ARGS__> name
 #define MODEPROBE_CHECK_ALIGNED(pointer, bytes)
 #endif
 
