@@ -1,4 +1,4 @@
-"""What a compiled kernel costs, from the compilers' own output: registers, spills, access width, instructions.
+"""What a compiled kernel costs, from the compilers' output: registers, spills, access width, counts.
 
 Knows SASS, PTX and the two tools that print them (``cuobjdump`` ships in Triton's wheel); nothing of
 modeprobe. A cubin or an object file with several architectures goes in, one :class:`Resources` per kernel
@@ -157,7 +157,7 @@ def count_f64(instructions: list[Instruction]) -> int:
 
 
 def count_ptx_f64(ptx: str) -> int:
-    """Float64 instructions in PTX; moves, loads, stores and declarations count too: a narrower kernel has none."""
+    """Float64 instructions in PTX; moves, loads and stores count too: a narrower kernel has none."""
     return sum(
         ".f64" in line.split("//")[0]
         and not line.strip().startswith((".reg", ".param", ".visible", ".entry"))

@@ -6,7 +6,6 @@ import functools
 from types import ModuleType
 
 import torch
-
 from support import native_build
 
 SOURCES = ("scheduler", "dropout_kernels", "batch_norm_kernels", "machine_kernels", "bindings")
@@ -85,8 +84,8 @@ class BatchNorm:
     """One layer's tensors and options, and the calls on them; x has channels in dimension 1."""
 
     def __init__(self, channels_last=False, *, weight=None, bias=None, running_mean=None, running_var=None,
-                 batches=None, skipped=None, momentum=0.1, eps=1e-5, residual=None, activation="none", slope=0.01,
-                 key=None, p=0.0, sign_bits=None):  # fmt: skip
+                 batches=None, skipped=None, momentum=0.1, eps=1e-5, residual=None, activation="none",
+                 slope=0.01, key=None, p=0.0, sign_bits=None):  # fmt: skip
         self.channels_last = channels_last
         self.tensors = {
             "weight": weight,

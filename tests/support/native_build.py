@@ -79,7 +79,9 @@ def build(
     lines = [
         f"cxx = {compiler()}",
         f"flags = {' '.join(compile_flags)}",
-        "rule compile\n  command = $cxx $flags -MMD -MF $out.d -c $in -o $out\n  depfile = $out.d\n  deps = gcc",
+        "rule compile",
+        "  command = $cxx $flags -MMD -MF $out.d -c $in -o $out",
+        "  depfile = $out.d\n  deps = gcc",
         f"rule link\n  command = $cxx $in -o $out {' '.join(link_flags)} -ldl",
     ]
     objects = []
