@@ -76,7 +76,15 @@ def extension(cpp_extension, cuda: Path | None):
     sources = [CSRC / "library.cpp", *sorted((CSRC / "cpu").glob("*.cpp"))]
     macros = [("TORCH_TARGET_VERSION", TORCH_TARGET), ("Py_LIMITED_API", PYTHON_TARGET)]
     compile_args = {
-        "cxx": ["-std=c++20", "-O3", "-g0", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas"]
+        "cxx": [
+            "-std=c++20",
+            "-O3",
+            "-g0",
+            "-fvisibility=hidden",
+            "-ffp-contract=off",
+            "-Wall",
+            "-Wno-unknown-pragmas",
+        ]
     }
     library_dirs, libraries, include_dirs = [], [], [str(CSRC / "include")]
     if cuda:

@@ -12,7 +12,8 @@ ROOT = Path(__file__).resolve().parent.parent
 FLOORS = [
     ["_version"],
     ["_extension"],
-    ["mask", "reference", "triton_kernels"],
+    ["mask"],
+    ["reference", "triton_kernels"],
     ["ops"],
     ["functional"],
     ["nn"],

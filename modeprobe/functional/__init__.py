@@ -1,5 +1,6 @@
 """Functions in the manner of ``torch.nn.functional``."""
 
+from modeprobe.functional.batch_norm import batch_norm
 from modeprobe.functional.dropout import (
     alpha_dropout,
     drop_path,
@@ -14,6 +15,7 @@ from modeprobe.functional.fused_dropout import bias_dropout_add, softmax_dropout
 
 __all__ = [
     "alpha_dropout",
+    "batch_norm",
     "bias_dropout_add",
     "drop_path",
     "dropout",

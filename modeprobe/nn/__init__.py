@@ -1,5 +1,6 @@
 """Modules that take the place of those of the same name in ``torch.nn``."""
 
+from modeprobe.nn.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from modeprobe.nn.dropout import (
     AlphaDropout,
     Dropout,
@@ -12,6 +13,9 @@ from modeprobe.nn.dropout import (
 
 __all__ = [
     "AlphaDropout",
+    "BatchNorm1d",
+    "BatchNorm2d",
+    "BatchNorm3d",
     "DropPath",
     "Dropout",
     "Dropout1d",

@@ -1,0 +1,19 @@
+#include "batch_norm_kernels.h"
+
+#if defined(__GNUC__)
+#pragma GCC diagnostic ignored "-Wpsabi"
+#endif
+
+namespace modeprobe::cpu {
+namespace portable {
+#define MODEPROBE_ISA_WIDTH 128
+// clang-format off: the order matters, and none of these stands alone
+#include "lanes.h"
+#include "activation.h"
+#include "batch_norm_loops.h"
+// clang-format on
+}  // namespace portable
+
+const Kernels& batch_norm_kernels_portable() { return portable::kKernels; }
+
+}  // namespace modeprobe::cpu

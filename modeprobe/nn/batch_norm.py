@@ -1,0 +1,117 @@
+"""BatchNorm modules: torch's own, with modeprobe's kernels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from modeprobe import functional as F
+from modeprobe.ops import batch_norm as ops
+
+_NONFINITE = ("propagate", "skip")
+
+
+class _BatchNorm(nn.modules.batchnorm._BatchNorm):
+    """What the three dimensions share. Attributes have class defaults, so that a torch.nn module whose class
+    is changed to one of these has them."""
+
+    activation: str | None = None
+    nonfinite = "propagate"
+    skipped_batches: Tensor | None = None
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        bias: bool = True,
+        activation: str | None = None,
+        nonfinite: str = "propagate",
+    ) -> None:
+        if activation not in ops.ACTIVATIONS:
+            names = ", ".join(map(repr, ops.ACTIVATIONS))
+            raise ValueError(f"{type(self).__name__}: activation must be one of {names}, got {activation!r}")
+        if nonfinite not in _NONFINITE:
+            raise ValueError(
+                f'{type(self).__name__}: nonfinite must be "propagate" or "skip", got {nonfinite!r}'
+            )
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
+        if affine and not bias:
+            # torch's own keyword came after torch 2.10.
+            self.register_parameter("bias", None)
+        if activation is not None:
+            self.activation = activation
+        if nonfinite != "propagate":
+            self.nonfinite = nonfinite
+        if nonfinite == "skip" and track_running_stats:
+            # Not in the state dict, which stays that of torch's module.
+            counter = torch.zeros((), dtype=torch.int64, device=device)
+            self.register_buffer("skipped_batches", counter, persistent=False)
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        """Normalise ``input``, add ``residual`` if given, apply the activation if there is one."""
+        self._check_input_dim(input)
+        training = self.training
+        tracked = not training or self.track_running_stats
+        mean = self.running_mean if tracked else None
+        var = self.running_var if tracked else None
+        update = training and self.track_running_stats
+        counter = self.num_batches_tracked if update else None
+        return F.batch_norm(
+            input,
+            mean,
+            var,
+            self.weight,
+            self.bias,
+            training or (self.running_mean is None and self.running_var is None),
+            0.0 if self.momentum is None and counter is None else self.momentum,
+            self.eps,
+            activation=self.activation,
+            residual=residual,
+            num_batches_tracked=counter,
+            skipped_batches=self.skipped_batches if update else None,
+        )
+
+    def extra_repr(self) -> str:
+        text = super().extra_repr()
+        if self.activation is not None:
+            text += f", activation={self.activation!r}"
+        if self.nonfinite != "propagate":
+            text += f", nonfinite={self.nonfinite!r}"
+        return text
+
+
+class BatchNorm1d(_BatchNorm, nn.BatchNorm1d):
+    """:class:`torch.nn.BatchNorm1d` on :func:`modeprobe.functional.batch_norm`.
+
+    Args:
+        num_features, eps, momentum, affine, track_running_stats, device, dtype, bias: as in torch.
+        activation: None, "relu", "leaky_relu", "silu", "gelu" or "gelu_tanh", applied in the same pass.
+        nonfinite: "propagate" folds every batch into the running statistics; "skip" leaves out batches with a
+            non-finite mean or variance, and counts them in the buffer ``skipped_batches``. The output carries
+            NaN either way.
+
+    Raises:
+        ValueError: an unknown activation or nonfinite; in the forward pass, what torch raises.
+
+    Shape:
+        (N, C) or (N, C, L), and the same for the output; ``forward(input, residual=None)`` adds a residual of
+        that shape before the activation.
+    """
+
+
+class BatchNorm2d(_BatchNorm, nn.BatchNorm2d):
+    """:class:`torch.nn.BatchNorm2d` on :func:`modeprobe.functional.batch_norm`; arguments of
+    :class:`modeprobe.nn.BatchNorm1d`, input (N, C, H, W), contiguous or channels_last."""
+
+
+class BatchNorm3d(_BatchNorm, nn.BatchNorm3d):
+    """:class:`torch.nn.BatchNorm3d` on :func:`modeprobe.functional.batch_norm`; arguments of
+    :class:`modeprobe.nn.BatchNorm1d`, input (N, C, D, H, W), contiguous or channels_last_3d."""

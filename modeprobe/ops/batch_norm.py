@@ -1,0 +1,382 @@
+"""Batch normalisation operators: fake kernels, autograd, and the backend that runs them.
+
+Saved for the backward pass are the input, the statistics (mean and invstd, float32) and the parameters,
+never a running buffer: these may change between the two passes.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from modeprobe import _extension, reference
+from modeprobe.ops import backend
+from modeprobe.reference import accumulate_dtype, empty_output
+
+ACTIVATIONS = {
+    None: reference.NONE,
+    "relu": reference.RELU,
+    "leaky_relu": reference.LEAKY_RELU,
+    "silu": reference.SILU,
+    "gelu": reference.GELU,
+    "gelu_tanh": reference.GELU_TANH,
+}
+
+_NAMES = tuple(
+    f"batch_norm_{name}"
+    for name in ("train", "eval", "backward", "moments", "merge", "backward_reduce", "backward_input")
+)
+
+_backends: dict[str, Any] = {"reference": reference}
+
+
+class Epilogue(NamedTuple):
+    """What follows the normalisation: ``y = dropout(activation(z + residual))``."""
+
+    residual: Tensor | None = None
+    activation: int = reference.NONE
+    slope: float = 0.01
+    key: Tensor | None = None
+    p: float = 0.0
+
+    def wants_sign_bits(self) -> bool:
+        # One bit per element, where recomputing z would keep the whole residual alive.
+        return self.residual is not None and self.activation in (reference.RELU, reference.LEAKY_RELU)
+
+    def wants_input(self) -> bool:
+        return self.activation != reference.NONE and not self.wants_sign_bits()
+
+
+PLAIN = Epilogue()
+
+
+def _fake_forward(input, save, save_sign_bits):
+    channels = input.shape[1]
+    acc = accumulate_dtype(input)
+    return (
+        empty_output(input),
+        input.new_empty((2, channels) if save else (0,), dtype=acc),
+        input.new_empty(((input.numel() + 7) // 8 if save_sign_bits else 0,), dtype=torch.uint8),
+    )
+
+
+if _extension.loaded():
+    _backends["native"] = SimpleNamespace(
+        **{name: getattr(torch.ops.modeprobe, name).default for name in _NAMES}
+    )
+
+    @torch.library.register_fake("modeprobe::batch_norm_train")
+    def _(
+        input,
+        weight,
+        bias,
+        running_mean,
+        running_var,
+        num_batches_tracked,
+        skipped_batches,
+        momentum,
+        eps,
+        residual=None,
+        activation=0,
+        slope=0.01,
+        key=None,
+        p=0.0,
+        save_sign_bits=False,
+    ):
+        return _fake_forward(input, True, save_sign_bits)
+
+    @torch.library.register_fake("modeprobe::batch_norm_eval")
+    def _(
+        input,
+        mean,
+        variance,
+        weight,
+        bias,
+        eps,
+        residual=None,
+        activation=0,
+        slope=0.01,
+        key=None,
+        p=0.0,
+        save=False,
+        save_sign_bits=False,
+    ):
+        return _fake_forward(input, save, save_sign_bits)
+
+    @torch.library.register_fake("modeprobe::batch_norm_backward")
+    def _(
+        grad_output,
+        input,
+        statistics,
+        weight,
+        bias,
+        batch_statistics,
+        need_input,
+        need_affine,
+        need_residual,
+        residual=None,
+        activation=0,
+        slope=0.01,
+        key=None,
+        p=0.0,
+        sign_bits=None,
+    ):
+        like = grad_output if input is None else input
+
+        def affine(parameter):
+            if need_affine and parameter is not None:
+                return parameter.new_empty((like.shape[1],))
+            return statistics.new_empty((0,))
+
+        return (
+            empty_output(like) if need_input else like.new_empty((0,)),
+            affine(weight),
+            affine(bias),
+            empty_output(like) if need_residual else like.new_empty((0,)),
+        )
+
+    @torch.library.register_fake("modeprobe::batch_norm_moments")
+    def _(input):
+        return input.new_empty((2 * input.shape[1] + 2,), dtype=accumulate_dtype(input))
+
+    @torch.library.register_fake("modeprobe::batch_norm_merge")
+    def _(moments, running_mean, running_var, num_batches_tracked, skipped_batches, momentum):
+        channels = (moments.shape[1] - 2) // 2
+        return moments.new_empty((channels,)), moments.new_empty((channels,)), moments.new_empty((1,))
+
+    @torch.library.register_fake("modeprobe::batch_norm_backward_reduce")
+    def _(
+        grad_output,
+        input,
+        statistics,
+        weight,
+        bias,
+        residual=None,
+        activation=0,
+        slope=0.01,
+        key=None,
+        p=0.0,
+        sign_bits=None,
+    ):
+        return torch.empty_like(statistics)
+
+    @torch.library.register_fake("modeprobe::batch_norm_backward_input")
+    def _(
+        grad_output,
+        input,
+        statistics,
+        means,
+        weight,
+        bias,
+        need_residual,
+        residual=None,
+        activation=0,
+        slope=0.01,
+        key=None,
+        p=0.0,
+        sign_bits=None,
+    ):
+        return empty_output(input), empty_output(input) if need_residual else input.new_empty((0,))
+
+
+def operators(name: str) -> Any:
+    """The operators of backend ``name``, with the signatures of ``csrc/library.cpp``."""
+    if name == "triton" and name not in _backends:
+        from modeprobe.ops import batch_norm_triton  # type: ignore[attr-defined]
+
+        _backends[name] = batch_norm_triton
+    return _backends[name]
+
+
+class BatchNorm(torch.autograd.Function):
+    """``batch_norm_train`` or ``batch_norm_eval`` of backend ``name``, differentiable."""
+
+    @staticmethod
+    def forward(
+        ctx,
+        x,
+        weight,
+        bias,
+        residual,
+        key,
+        running_mean,
+        running_var,
+        num_batches_tracked,
+        skipped_batches,
+        training,
+        momentum,
+        eps,
+        activation,
+        slope,
+        p,
+        name,
+    ):
+        ops = operators(name)
+        epilogue = Epilogue(residual, activation, slope, key, p)
+        bits = epilogue.wants_sign_bits()
+        if training:
+            y, statistics, sign_bits = ops.batch_norm_train(
+                x,
+                weight,
+                bias,
+                running_mean,
+                running_var,
+                num_batches_tracked,
+                skipped_batches,
+                momentum,
+                eps,
+                *epilogue,
+                bits,
+            )
+        else:
+            y, statistics, sign_bits = ops.batch_norm_eval(
+                x, running_mean, running_var, weight, bias, eps, *epilogue, True, bits
+            )
+        need = ctx.needs_input_grad
+        keep_x = training or epilogue.wants_input() or need[1] or need[2]
+        ctx.save_for_backward(
+            x if keep_x else None,
+            statistics,
+            weight,
+            bias,
+            residual if epilogue.wants_input() else None,
+            key,
+            sign_bits if bits else None,
+        )
+        ctx.arguments = training, eps, activation, slope, p, name
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, statistics, weight, bias, residual, key, sign_bits = ctx.saved_tensors
+        training, _, activation, slope, p, name = ctx.arguments
+        need_x, need_weight, need_bias, need_residual = ctx.needs_input_grad[:4]
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            grads = _differentiable_backward(ctx, grad)
+        else:
+            plain = activation == reference.NONE and key is None
+            gx, gw, gb, gr = operators(name).batch_norm_backward(
+                grad,
+                x,
+                statistics,
+                weight,
+                bias,
+                training,
+                need_x,
+                need_weight or need_bias,
+                need_residual and not plain,
+                residual,
+                activation,
+                slope,
+                key,
+                p,
+                sign_bits,
+            )
+            grads = (
+                gx if need_x else None,
+                gw if need_weight else None,
+                gb if need_bias else None,
+                (grad if plain else gr) if need_residual else None,
+            )
+        return *grads, *[None] * 12
+
+
+def _differentiable_backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """The gradients as differentiable functions of the saved tensors, for double backward."""
+    x, statistics, weight, bias, residual, key, sign_bits = ctx.saved_tensors
+    training, eps, activation, slope, p, _ = ctx.arguments
+    need = ctx.needs_input_grad[:4]
+    dz, linear = grad, activation == reference.NONE or sign_bits is not None
+    if linear:
+        # The epilogue's derivative does not depend on z: nothing of it is left to differentiate.
+        dz = reference.grad_of_z(
+            grad, x, statistics, weight, bias, None, activation, slope, key, p, sign_bits
+        ).to(grad.dtype)
+        activation, key = reference.NONE, None
+    if x is None:
+        scale = statistics[1] if weight is None else statistics[1] * weight.to(statistics.dtype)
+        gx = (dz * reference.per_channel(scale, grad)).to(grad.dtype)
+        return gx if need[0] else None, None, None, dz if need[3] else None
+    if training:
+        mean, variance = reference.mean_and_variance(x)
+    else:
+        mean, variance, eps = statistics[0], statistics[1].pow(-2), 0.0
+    y, _ = reference.normalize(x, mean, variance, weight, bias, eps, residual, activation, slope, key, p)
+    wanted = [
+        t
+        for t, needed in zip((x, weight, bias, residual), need, strict=True)
+        if needed and t is not None and (not linear or t is not residual)
+    ]
+    found = iter(torch.autograd.grad(y.to(x.dtype), wanted, dz, create_graph=True) if wanted else ())
+    grads = [next(found) if needed else None for needed in need[:3]]
+    if need[3]:
+        grads.append(dz if linear else next(found))
+    else:
+        grads.append(None)
+    return tuple(grads)
+
+
+def recomputing() -> bool:
+    """Whether a backward pass is running: a forward inside it recomputes a batch that was counted before."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def batch_norm(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float | None,
+    eps: float,
+    num_batches_tracked: Tensor | None = None,
+    skipped_batches: Tensor | None = None,
+    epilogue: Epilogue = PLAIN,
+) -> Tensor:
+    """Batch normalisation on the backend in force; arguments are taken as checked."""
+    name = backend.resolve(x.device.type)
+    if training and recomputing():
+        running_mean = running_var = num_batches_tracked = skipped_batches = None
+    if torch.is_grad_enabled() and (
+        x.requires_grad
+        or (weight is not None and weight.requires_grad)
+        or (bias is not None and bias.requires_grad)
+        or (epilogue.residual is not None and epilogue.residual.requires_grad)
+    ):
+        return BatchNorm.apply(
+            x,
+            weight,
+            bias,
+            epilogue.residual,
+            epilogue.key,
+            running_mean,
+            running_var,
+            num_batches_tracked,
+            skipped_batches,
+            training,
+            momentum,
+            eps,
+            epilogue.activation,
+            epilogue.slope,
+            epilogue.p,
+            name,
+        )
+    ops = operators(name)
+    if training:
+        return ops.batch_norm_train(
+            x,
+            weight,
+            bias,
+            running_mean,
+            running_var,
+            num_batches_tracked,
+            skipped_batches,
+            momentum,
+            eps,
+            *epilogue,
+        )[0]
+    return ops.batch_norm_eval(x, running_mean, running_var, weight, bias, eps, *epilogue)[0]
