@@ -193,7 +193,7 @@ def test_what_eval_changes_and_what_counting_says(models_result, name):
     assert row.verdict.endswith(".")
     assert row.verdict.count("\n") == 0
     if row.active:
-        assert row.shortcut == f"{row.active} nn.Dropout modules with p > 0: eval() matters"
+        assert row.shortcut == f"{row.active} nn.Dropout modules with p > 0: eval() changes the outputs"
     else:
         assert row.shortcut == "no nn.Dropout module: eval() changes nothing"
 

@@ -62,8 +62,8 @@ class Settings:
 class Row:
     """One model: what the probe measured, and what counting nn.Dropout modules would have said.
 
-    ``active`` counts nn.Dropout modules with p > 0, ``modules`` all of them; ``sites`` counts the places
-    that really act, nn.Dropout or not.
+    ``modules`` counts nn.Dropout modules, ``active`` those with p > 0, ``idle`` those of them that never act;
+    ``sites`` counts the places that do act, nn.Dropout or not.
     """
 
     name: str
@@ -73,13 +73,14 @@ class Row:
     verdict: str
     modules: int
     active: int
+    idle: int
     sites: int
     seconds: float
 
     @property
     def shortcut(self) -> str:
         if self.active:
-            return f"{count(self.active, 'nn.Dropout module')} with p > 0: eval() matters"
+            return f"{count(self.active, 'nn.Dropout module')} with p > 0: eval() changes the outputs"
         if self.modules:
             return f"{count(self.modules, 'nn.Dropout module')}, all with p = 0: eval() changes nothing"
         return "no nn.Dropout module: eval() changes nothing"
@@ -87,6 +88,12 @@ class Row:
     @property
     def shortcut_is_right(self) -> bool:
         return (self.active > 0) == (self.effect == "differs")
+
+    @property
+    def remark(self) -> str:
+        if self.idle:
+            return f"{self.idle} of them never act"
+        return ""
 
 
 @dataclass(frozen=True)
@@ -153,6 +160,7 @@ def examine(name: str) -> Row:
         verdict=report.verdict,
         modules=len(dropouts),
         active=sum(module.p > 0 for module in dropouts),
+        idle=sum(item.p > 0 for item in report.idle),
         sites=len(report.sites),
         seconds=seconds,
     )

@@ -74,7 +74,7 @@ def show_batch_norm(result: batch_norm.Result) -> RenderableType:
             f"{approach.frozen[step - 1]:.3f}",
         )
     times = _table(
-        f"Training, {result.steps} steps, same initial weights",
+        f"Training, {result.steps} steps, same initial weights, one thread",
         "network",
         "seconds",
         "median step",
@@ -98,7 +98,9 @@ def show_language_models(result: language_models.Result) -> RenderableType:
             Text(row.name, style="bold"),
             row.verdict,
             row.shortcut,
-            _verdict(row.shortcut_is_right, "right", "WRONG"),
+            Text.assemble(
+                _verdict(row.shortcut_is_right, "right", "WRONG"), f", but {row.remark}" if row.remark else ""
+            ),
             end_section=True,
         )
     return table
