@@ -2,7 +2,7 @@
 
 Elements are handled in vectors of VEC, a power of two of at most 8, whose first index is a multiple of VEC:
 a vector lies inside one chunk of eight, so it needs one Philox call. Tensors "of vectors" have shape
-(vectors, 1), tensors of elements (vectors, VEC); one thread then holds whole vectors, and nothing moves
+(..., 1), tensors of elements (..., VEC); one thread then holds whole vectors, and nothing moves
 between threads.
 """
 
@@ -47,17 +47,26 @@ def _settle(w, v, hi, lo):
 
 
 @triton.jit
-def _keep(key, first, hi, lo, VEC: tl.constexpr):
+def _any(x):
+    """Whether any element of a tensor of rank 2 or 3 is not 0."""
+    x = tl.max((x != 0).to(tl.int32), axis=1)
+    if len(x.shape) == 2:
+        x = tl.max(x, axis=1)
+    return tl.max(x, axis=0) != 0
+
+
+@triton.jit
+def _keep(key, first, lane, hi, lo, VEC: tl.constexpr):
     """Which elements of the vectors that start at element indices `first` (int64) are kept.
 
+    first: shape (..., 1); lane: arange(VEC) of shape (1, ..., VEC), one rank with it.
     hi, lo: uint32 with T = 65536 * hi + lo and hi <= 65535 (T = 2^32 is 65535, 65536).
     """
     chunk = first >> 3
     w0, w1, w2, w3 = _chunk_words(key, chunk, 0)
     if lo != 0:
         tied = _equal_halves(w0, hi) | _equal_halves(w1, hi) | _equal_halves(w2, hi) | _equal_halves(w3, hi)
-        tied = (tied != 0).to(tl.int32)
-        if tl.max(tl.max(tied, axis=1), axis=0) != 0:
+        if _any(tied):
             v0, v1, v2, v3 = _chunk_words(key, chunk, 1)
             w0 = _settle(w0, v0, hi, lo)
             w1 = _settle(w1, v1, hi, lo)
@@ -65,7 +74,6 @@ def _keep(key, first, hi, lo, VEC: tl.constexpr):
             w3 = _settle(w3, v3, hi, lo)
         hi = tl.maximum(hi, 1)  # so that a settled 0 is below it
     # The pair of draws that each lane's draw is in. Lanes are compile-time constants of a thread's registers.
-    lane = tl.arange(0, VEC)[None, :]
     if VEC <= 4:
         second_half = (first & 4) != 0
         w0 = tl.where(second_half, w2, w0)

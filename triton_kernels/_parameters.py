@@ -27,7 +27,15 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _bits(value: float, acc: torch.dtype) -> int:
+_TRITON_ACC = {torch.float32: tl.float32, torch.float64: tl.float64}
+
+
+def triton_acc(dtype: torch.dtype) -> tl.dtype:
+    return _TRITON_ACC[accumulate_dtype(dtype)]
+
+
+def bits_of(value: float, acc: torch.dtype) -> int:
+    """The bits of ``value`` as float32 or float64, as a signed integer."""
     wide = acc == torch.float64
     return struct.unpack("<q" if wide else "<i", struct.pack("<d" if wide else "<f", value))[0]
 
@@ -72,7 +80,7 @@ def parameters(
             shift = scale * -ALPHA_PRIME * p
             fill = shift + scale * ALPHA_PRIME  # +0 at p = 1
     return Parameters(
-        None, hi, threshold - (hi << 16), *(_bits(value, acc) for value in (scale, shift, fill))
+        None, hi, threshold - (hi << 16), *(bits_of(value, acc) for value in (scale, shift, fill))
     )
 
 

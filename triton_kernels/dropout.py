@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from ._mask import _keep, _load_key
-from ._parameters import Parameters, _factor, _threshold, accumulate_dtype, parameters
+from ._parameters import Parameters, _factor, _threshold, accumulate_dtype, parameters, triton_acc
 from ._philox import _philox
 
 _SCALARS = ("numel", "offset", "hi", "lo", "scale", "shift", "fill")
@@ -15,29 +15,18 @@ _SCALARS = ("numel", "offset", "hi", "lo", "scale", "shift", "fill")
 
 @triton.jit
 def _dropout_vectors(
-    x_ptr,
-    y_ptr,
-    position,
-    inside,
-    key,
-    first,
-    hi,
-    lo,
-    scale,
-    shift,
-    fill,
-    AFFINE: tl.constexpr,
-    VEC: tl.constexpr,
+    x_ptr, y_ptr, vector, lane, inside, key, first, rule, AFFINE: tl.constexpr, VEC: tl.constexpr
 ):
-    """Loads, drops and stores the vectors at `position`; where `inside` is uniform over a vector, accesses
+    """Loads, drops and stores the vectors at `vector`; where `inside` is uniform over a vector, accesses
     keep their width."""
-    x = tl.load(x_ptr + position, mask=inside)
-    keep = _keep(key, first, hi, lo, VEC)
+    hi, lo, scale, shift, fill = rule
+    x = tl.load(x_ptr + vector + lane, mask=inside)
+    keep = _keep(key, first + vector, lane, hi, lo, VEC)
     if AFFINE:
         y = tl.where(keep, x.to(scale.dtype) * scale + shift, fill)
     else:  # selecting first spares the packing and unpacking of half results
         y = tl.where(keep, x.to(scale.dtype), 0.0) * scale
-    tl.store(y_ptr + position, y.to(y_ptr.dtype.element_ty), mask=inside)
+    tl.store(y_ptr + vector + lane, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=_SCALARS)
@@ -66,33 +55,21 @@ def _dropout_forward_kernel(
     first = offset + start
     key = _load_key(key_ptr)
     hi, lo = _threshold(parameters_ptr, hi, lo)
-    scale = _factor(parameters_ptr, scale, 2, ACC)
-    shift = _factor(parameters_ptr, shift, 3, ACC)
-    fill = _factor(parameters_ptr, fill, 4, ACC)
+    rule = (
+        hi,
+        lo,
+        _factor(parameters_ptr, scale, 2, ACC),
+        _factor(parameters_ptr, shift, 3, ACC),
+        _factor(parameters_ptr, fill, 4, ACC),
+    )
 
     vector = tl.arange(0, BLOCK // VEC)[:, None] * VEC
     lane = tl.arange(0, VEC)[None, :]
     inside = tl.broadcast_to(vector < whole, (BLOCK // VEC, VEC))
-    _dropout_vectors(
-        x_ptr, y_ptr, vector + lane, inside, key, first + vector, hi, lo, scale, shift, fill, AFFINE, VEC
-    )
+    _dropout_vectors(x_ptr, y_ptr, vector, lane, inside, key, first, rule, AFFINE, VEC)
     if whole != left:  # the tensor ends inside a vector
         last = tl.zeros((1, 1), tl.int32) + whole
-        _dropout_vectors(
-            x_ptr,
-            y_ptr,
-            last + lane,
-            last + lane < left,
-            key,
-            first + last,
-            hi,
-            lo,
-            scale,
-            shift,
-            fill,
-            AFFINE,
-            VEC,
-        )
+        _dropout_vectors(x_ptr, y_ptr, last, lane, last + lane < left, key, first, rule, AFFINE, VEC)
 
 
 @triton.jit(do_not_specialize=("hi", "lo", "numel", "offset"))
@@ -110,8 +87,9 @@ def _dropout_mask_kernel(
     start = tl.program_id(0).to(tl.int64) * BLOCK
     hi, lo = _threshold(parameters_ptr, hi, lo)
     vector = tl.arange(0, BLOCK // VEC)[:, None] * VEC
-    position = vector + tl.arange(0, VEC)[None, :]
-    keep = _keep(_load_key(key_ptr), offset + start + vector, hi, lo, VEC)
+    lane = tl.arange(0, VEC)[None, :]
+    position = vector + lane
+    keep = _keep(_load_key(key_ptr), offset + start + vector, lane, hi, lo, VEC)
     tl.store(mask_ptr + start + position, keep.to(tl.uint8), mask=start + position < numel)
 
 
@@ -159,13 +137,6 @@ def check_key(key: torch.Tensor, device: torch.device) -> None:
             f"key must be an int64 tensor of shape (2,) on {device}, "
             f"got {key.dtype} of shape {tuple(key.shape)} on {key.device}"
         )
-
-
-_ACC = {torch.float32: tl.float32, torch.float64: tl.float64}
-
-
-def triton_acc(dtype: torch.dtype) -> tl.dtype:
-    return _ACC[accumulate_dtype(dtype)]
 
 
 def _launch(
