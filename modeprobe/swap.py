@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from modeprobe.nn.fused import FOLDED, activation_name
 from modeprobe.ops import backend as backends
 
 # Names in torch.nn; each is replaced by the class of the same name in modeprobe.nn.
@@ -29,6 +30,9 @@ SWAPPED = (
 
 # In the instance, not in a registry: copies and pickles of a swapped model can be restored, too.
 _MARK = "_modeprobe_swapped"
+# In each module of a fused run, the run: its modules are restored together.
+_RUN = "_modeprobe_fused"
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
 @dataclass(frozen=True)
@@ -55,11 +59,13 @@ class SwapReport:
     Attributes:
         swapped: the replaced modules.
         left: layers that drop or normalise and were left as they were, each with its reason.
+        fused: with ``fuse=True``, the paths of each BatchNorm and of what was folded into it.
         backends: the backend that the replaced modules use, by device type of the model's tensors.
     """
 
     swapped: tuple[Swapped, ...]
     left: tuple[Left, ...]
+    fused: tuple[tuple[str, ...], ...]
     backends: dict[str, str]
     _modules: tuple[weakref.ref[nn.Module], ...] = field(default=(), repr=False, compare=False)
 
@@ -81,6 +87,7 @@ class SwapReport:
             "left": [
                 {"paths": list(item.paths), "kind": item.kind, "reason": item.reason} for item in self.left
             ],
+            "fused": [list(paths) for paths in self.fused],
             "backends": dict(self.backends),
         }
 
@@ -91,6 +98,8 @@ class SwapReport:
             kinds.setdefault(item.kind, []).append(_join(item.paths))
         width = max((len(kind) for kind in kinds), default=0)
         lines += [f"  {kind:<{width}}  {len(paths):>4}  {_shorten(paths)}" for kind, paths in kinds.items()]
+        if self.fused:
+            lines.append(f"fused: {_shorten([' + '.join(paths) for paths in self.fused])}")
         if self.left:
             lines.append("left:")
             reasons: dict[tuple[str, str], list[str]] = {}
@@ -119,7 +128,10 @@ def swap(model: nn.Module, *, fuse: bool = False, backend: str | None = None) ->
 
     Args:
         model: any module; it is changed in place.
-        fuse: also fuse BatchNorm -> activation (-> Dropout) inside ``nn.Sequential`` into one pass.
+        fuse: also let each BatchNorm in an ``nn.Sequential`` do the ReLU, LeakyReLU, SiLU or GELU after it,
+            and a Dropout after that, in the same pass. They stay in place and pass their input on, so do not
+            call a slice of such a Sequential that ends between them. Modules with hooks, or used in more
+            than one place, are not fused.
         backend: the backend that the replaced modules use, as in :func:`modeprobe.backend`. By default
             the one in force when they are called.
 
@@ -142,35 +154,40 @@ def swap(model: nn.Module, *, fuse: bool = False, backend: str | None = None) ->
     """
     _require_module("swap", model)
     used = _backends_used(model, backend)
-    if fuse:
-        raise NotImplementedError(
-            "swap: fuse=True needs BatchNorm with a fused activation, which this version does not have; "
-            "call swap(model) without it"
-        )
     classes = _classes()
-    plan: list[tuple[nn.Module, type[nn.Module]]] = []
+    plan: dict[nn.Module, tuple[type[nn.Module], dict[str, Any]]] = {}
+    settings = {} if backend is None else {"backend": backend}
     swapped: list[Swapped] = []
     left: list[Left] = []
-    for module, paths in _paths(model):
+    paths_of = _paths(model)
+    for module, paths in paths_of:
         reason = _why_left(module, classes)
         if reason is not None:
             left.append(Left(paths, _kind(module), reason))
         elif type(module) in classes:
-            plan.append((module, classes[type(module)]))
+            plan[module] = classes[type(module)], settings
             swapped.append(Swapped(paths, type(module).__name__))
+    fused: list[tuple[str, ...]] = []
+    if fuse:
+        single = {module: paths[0] for module, paths in paths_of if len(paths) == 1}
+        for run in _fusible(model, plan, single):
+            norm, activation, *dropout = run
+            now = {"activation": activation_name(activation), "folded_dropout": tuple(dropout), _RUN: run}
+            plan[norm] = plan[norm][0], {**settings, **now}
+            plan.update({module: (FOLDED[type(module)], {_RUN: run}) for module in run[1:]})
+            fused.append(tuple(single[module] for module in run))
     done: list[nn.Module] = []
     try:
-        for module, cls in plan:
+        for module, (cls, attributes) in plan.items():
             done.append(module)
             module.__dict__[_MARK] = True
             module.__class__ = cls
-            if backend is not None:
-                module.__dict__["backend"] = backend
+            module.__dict__.update(attributes)
     except BaseException:
         _restore(("", module) for module in done)
         raise
-    refs = tuple(weakref.ref(module) for module, _ in plan)
-    return SwapReport(tuple(swapped), tuple(left), used, refs)
+    refs = tuple(weakref.ref(module) for module in plan)
+    return SwapReport(tuple(swapped), tuple(left), tuple(fused), used, refs)
 
 
 def restore(model: nn.Module) -> int:
@@ -193,11 +210,13 @@ def restore(model: nn.Module) -> int:
 
 
 def _restore(named: Iterable[tuple[str, nn.Module]]) -> int:
-    originals = {cls: original for original, cls in _classes().items()}
+    originals = {cls: original for original, cls in [*_classes().items(), *FOLDED.items()]}
     plan = []
-    for name, module in named:
-        if not module.__dict__.get(_MARK, False):
-            continue
+    marked = {id(module): (name, module) for name, module in named if module.__dict__.get(_MARK, False)}
+    for name, module in list(marked.values()):
+        for other in module.__dict__.get(_RUN, ()):
+            marked.setdefault(id(other), (f"{name} (fused with it)", other))
+    for name, module in marked.values():
         cls = type(module)
         if cls not in originals and cls not in originals.values():
             raise RuntimeError(
@@ -213,6 +232,7 @@ def _restore(named: Iterable[tuple[str, nn.Module]]) -> int:
         for key in [key for key in module.__dict__ if hasattr(cls, key) and not hasattr(original, key)]:
             del module.__dict__[key]
         del module.__dict__[_MARK]
+        module.__dict__.pop(_RUN, None)
     return len(plan)
 
 
@@ -268,7 +288,7 @@ def _why_left(module: nn.Module, classes: dict[type[nn.Module], type[nn.Module]]
         if getattr(module, "original_name", None) in SWAPPED:
             return "part of a scripted or traced model; swap before torch.jit.script or trace"
         return None
-    if cls in classes.values():
+    if cls in classes.values() or cls in FOLDED.values():
         return "modeprobe's already"
     if isinstance(module, (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._BatchNorm)):
         if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():
@@ -285,6 +305,36 @@ def _why_left(module: nn.Module, classes: dict[type[nn.Module], type[nn.Module]]
     if isinstance(module, nn.RNNBase) and module.dropout > 0:
         return f"its dropout={module.dropout:g} is inside torch's recurrent kernel"
     return None
+
+
+def _fusible(
+    model: nn.Module, swapped: Container[nn.Module], single: Container[nn.Module]
+) -> Iterator[list[nn.Module]]:
+    """Runs of BatchNorm, activation and perhaps Dropout, each used in one place, that one pass can do."""
+    for container in model.modules():
+        if (
+            not isinstance(container, nn.Sequential)
+            or type(container).forward is not nn.Sequential.forward
+            or "forward" in container.__dict__
+        ):
+            continue
+        layers = list(container)
+        for index, norm in enumerate(layers):
+            run = [norm, *layers[index + 1 : index + 3]]
+            if len(run) < 2 or norm not in swapped or not isinstance(norm, nn.modules.batchnorm._BatchNorm):
+                continue
+            if activation_name(run[1]) is None:
+                continue
+            if type(run[-1]) is not nn.Dropout:
+                del run[2:]
+            while len(run) > 1 and not all(module in single and not _has_hooks(module) for module in run):
+                del run[-1]
+            if len(run) > 1:
+                yield run
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return "forward" in module.__dict__ or any(module.__dict__[name] for name in _HOOKS)
 
 
 def _kind(module: nn.Module) -> str:

@@ -67,13 +67,14 @@ def test_a_swapped_norm_does_what_torchs_does(name):
     mp.swap(swapped)
     exact = copy.deepcopy(torchs).double()
     x = sample(name)
+    upstream = torch.randn_like(x)
     for mode in (True, True, False):
         outputs, gradients = [], []
         for model in (torchs, swapped, exact):
-            data = x.to(model[0].weight.dtype).requires_grad_()
+            data = x.detach().to(model[0].weight.dtype).requires_grad_()
             output = model.train(mode)(data)
             model.zero_grad()
-            output.square().sum().backward()
+            (output * upstream).sum().backward()
             outputs.append(output.detach())
             gradients.append([data.grad, model[0].weight.grad, model[0].bias.grad])
         for theirs, mine, truth in zip(
@@ -143,6 +144,93 @@ def test_an_optimizer_made_before_swap_trains_the_swapped_model():
     torch.testing.assert_close(model(x), before, rtol=1e-5, atol=1e-5)
 
 
+ACTIVATIONS = [nn.ReLU(), nn.ReLU(inplace=True), nn.LeakyReLU(), nn.SiLU(), nn.GELU(), nn.GELU("tanh")]
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
+def test_fused_layers_compute_what_they_did_apart(activation):
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), activation, nn.Dropout(0.0), nn.Flatten())
+    nn.init.uniform_(model[1].weight, -1, 1)
+    apart = copy.deepcopy(model)
+    report = mp.swap(model, fuse=True)
+    assert report.fused == (("1", "2", "3"),)
+    assert "fused: 1 + 2 + 3" in str(report)
+    x = torch.randn(3, 1, 8, 8)
+    for mode in (True, False):
+        outputs = [each.train(mode)(x) for each in (model, apart)]
+        torch.testing.assert_close(*outputs, rtol=1e-5, atol=1e-6)
+        for each, output in zip((model, apart), outputs, strict=True):
+            each.zero_grad()
+            output.square().sum().backward()
+        for mine, theirs in zip(model.parameters(), apart.parameters(), strict=True):
+            torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-4, atol=1e-4)
+    normalised = model[1](model[0](x))
+    assert torch.equal(model[2](normalised), normalised)
+    assert mp.restore(model) == 3
+    assert [type(module) for module in model] == [type(module) for module in apart]
+    assert [sorted(module.__dict__) for module in model] == [sorted(module.__dict__) for module in apart]
+    torch.testing.assert_close(model(x), apart(x), rtol=1e-5, atol=1e-6)
+
+
+def test_a_fused_dropout_keeps_its_own_p_and_mode():
+    model = nn.Sequential(nn.BatchNorm1d(4), nn.ReLU(), nn.Dropout(0.5))
+    x = torch.randn(512, 4)
+    mp.swap(model, fuse=True)
+    dropped = lambda: (model(x) == 0).float().mean().item()  # noqa: E731
+    assert dropped() == pytest.approx(0.75, abs=0.1)
+    model[2].eval()
+    assert dropped() == pytest.approx(0.5, abs=0.1)
+    model[2].train().p = 1.0
+    assert dropped() == 1.0
+    twin = copy.deepcopy(model)
+    twin[2].p = 0.0
+    assert dropped() == 1.0
+    assert (twin(x) == 0).float().mean().item() == pytest.approx(0.5, abs=0.1)
+    assert mp.restore(twin[0]) == 3  # the three belong together
+    assert [type(module) for module in twin] == [nn.BatchNorm1d, nn.ReLU, nn.Dropout]
+
+
+def hooked(module):
+    module.register_forward_hook(lambda *_: None)
+    return module
+
+
+SHARED = nn.ReLU()
+
+
+@pytest.mark.parametrize(
+    ("layers", "fused"),
+    {
+        "nothing follows": ([nn.BatchNorm1d(4)], ()),
+        "another layer follows": ([nn.BatchNorm1d(4), nn.Linear(4, 4), nn.ReLU()], ()),
+        "an unknown activation": ([nn.BatchNorm1d(4), nn.Hardswish()], ()),
+        "another slope": ([nn.BatchNorm1d(4), nn.LeakyReLU(0.2)], ()),
+        "a hook on the norm": ([hooked(nn.BatchNorm1d(4)), nn.ReLU()], ()),
+        "a hook on the activation": ([nn.BatchNorm1d(4), hooked(nn.ReLU())], ()),
+        "a hook on the dropout": ([nn.BatchNorm1d(4), nn.ReLU(), hooked(nn.Dropout())], (("0", "1"),)),
+        "a shared activation": ([nn.BatchNorm1d(4), SHARED, nn.Linear(4, 4), SHARED], ()),
+        "channel dropout": ([nn.BatchNorm1d(4), nn.ReLU(), nn.Dropout1d()], (("0", "1"),)),
+        "dropout alone": ([nn.BatchNorm1d(4), nn.Dropout()], ()),
+    }.values(),
+    ids=lambda value: None,
+)
+def test_what_is_not_fused(layers, fused):
+    model = copy.deepcopy(nn.Sequential(*layers))
+    kinds = [type(module) for module in model]
+    assert mp.swap(model, fuse=True).fused == fused
+    model(torch.randn(6, 4) if not any(isinstance(m, nn.Dropout1d) for m in model) else torch.randn(6, 4, 3))
+    mp.restore(model)
+    assert [type(module) for module in model] == kinds
+
+
+def test_a_container_with_its_own_forward_is_not_fused():
+    class Backwards(nn.Sequential):
+        def forward(self, x):
+            return self[0](self[1](x))
+
+    assert mp.swap(Backwards(nn.BatchNorm1d(4), nn.ReLU()), fuse=True).fused == ()
+
+
 @pytest.mark.slow
 def test_a_swapped_model_compiles_into_one_graph():
     model = network()
@@ -188,3 +276,10 @@ def test_the_probe_sees_through_a_swap():
     after = mp.probe(model, x)
     assert (after.effect, after.train_is_random, after.eval_is_random) == ("differs", True, False)
     assert after.causes == before.causes
+
+
+def test_a_buffer_of_ours_alone_is_seen():
+    norm = ours.BatchNorm1d(4, nonfinite="skip")
+    norm(torch.full((3, 4), torch.nan))
+    assert norm.skipped_batches == 1
+    assert list(norm.state_dict()) == list(nn.BatchNorm1d(4).state_dict())

@@ -7,6 +7,7 @@ import re
 import shutil
 
 import pytest
+import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -20,6 +21,15 @@ SETTINGS = {
     "dropout": dropout.Settings(elements=2**14, speed_elements=(2**10, 2**12), speed_seconds=0.0),
     "batchnorm": batch_norm.Settings(epochs=1, early=(5,), watch_all=3, watch_every=10),
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Small tensors: more threads only wait for each other, for minutes where a machine is busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def take(path, **options):

@@ -17,6 +17,15 @@ pytestmark = pytest.mark.rung("reference")
 SMALL = dropout.Settings(elements=2**16, speed_elements=(2**10,), speed_seconds=0.0)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Small tensors: more threads only wait for each other, for minutes where a machine is busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def dropout_result():
     torch.manual_seed(0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -11,17 +12,23 @@ from torch import Tensor
 from modeprobe.ops.backend import backend
 
 
-def on_own_backend(forward: Callable[[Any, Tensor], Tensor]) -> Callable[[Any, Tensor], Tensor]:
-    """Run a module's ``forward(input)`` on ``module.backend``; None leaves the choice to the caller.
+def on_own_backend(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Run a module's ``forward`` on ``module.backend``; None leaves the choice to the caller.
 
-    The signature is spelled out: ``*args`` and ``**kwargs`` would cost a small tensor 5% of its call.
+    Signatures are spelled out: ``*args`` and ``**kwargs`` would cost a small tensor 5% of its call.
     """
 
-    @functools.wraps(forward)
     def run(self: Any, input: Tensor) -> Tensor:
         if self.backend is None:
             return forward(self, input)
         with backend(self.backend):
             return forward(self, input)
 
-    return run
+    def run_with_residual(self: Any, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        if self.backend is None:
+            return forward(self, input, residual)
+        with backend(self.backend):
+            return forward(self, input, residual)
+
+    takes_residual = "residual" in inspect.signature(forward).parameters
+    return functools.wraps(forward)(run_with_residual if takes_residual else run)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from modeprobe import functional as F
+from modeprobe.nn._backend import on_own_backend
 from modeprobe.ops import batch_norm as ops
 
 _NONFINITE = ("propagate", "skip")
@@ -19,7 +20,9 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
 
     activation: str | None = None
     nonfinite = "propagate"
-    skipped_batches: Tensor | None = None
+    # The Dropout that swap(fuse=True) folded in, in a tuple: it must not become a submodule.
+    folded_dropout: tuple[nn.Dropout, ...] = ()
+    backend: str | None = None
 
     def __init__(
         self,
@@ -55,6 +58,7 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
             counter = torch.zeros((), dtype=torch.int64, device=device)
             self.register_buffer("skipped_batches", counter, persistent=False)
 
+    @on_own_backend
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """Normalise ``input``, add ``residual`` if given, apply the activation if there is one."""
         self._check_input_dim(input)
@@ -64,6 +68,8 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
         var = self.running_var if tracked else None
         update = training and self.track_running_stats
         counter = self.num_batches_tracked if update else None
+        folded = self.folded_dropout
+        dropout_p = folded[0].p if folded and folded[0].training else 0.0
         return F.batch_norm(
             input,
             mean,
@@ -75,8 +81,9 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
             self.eps,
             activation=self.activation,
             residual=residual,
+            dropout_p=dropout_p,
             num_batches_tracked=counter,
-            skipped_batches=self.skipped_batches if update else None,
+            skipped_batches=self._buffers.get("skipped_batches") if update else None,
         )
 
     def extra_repr(self) -> str:

@@ -88,7 +88,8 @@ def run(
                     tour.outcomes[name] = _compute(name, settings or {}, progress, task)
             except Exception as error:
                 traceback.print_exc(file=sys.stderr)
-                tour.failures[name] = f"{type(error).__name__}: {error}"
+                reason = str(error).partition("\n")[0]
+                tour.failures[name] = f"{type(error).__name__}: {reason}"
         _print(name, tour, console)
     _write(tour, output, console)
     return tour
