@@ -281,15 +281,12 @@ def straight_path(instructions: list[Instruction]) -> list[Instruction] | None:
 
 def instructions_per_element(instructions: list[Instruction], itemsize: int) -> float | None:
     """SASS instructions per element of ``itemsize`` bytes in the kernel's hot loop or, in a kernel without a
-    loop, from entry to exit; None where neither moves 16 bytes at a time."""
+    loop, from entry to exit; None where neither stores 16 bytes at a time."""
     path = hot_path(instructions) or straight_path(instructions)
     if path is None:
         return None
-    widest = max(
-        sum(_is_global(one, "STG") and ".128" in one.opcode for one in path),
-        1 if any(_is_global(one, "LDG") and ".128" in one.opcode for one in path) else 0,
-    )
-    return len(path) * itemsize / (16 * widest) if widest else None
+    stored = sum(_is_global(one, "STG") and ".128" in one.opcode for one in path)
+    return len(path) * itemsize / (16 * stored) if stored else None
 
 
 def read(binary: Path | str, itemsizes: dict[str, int] | None = None) -> list[Resources]:

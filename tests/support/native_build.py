@@ -47,9 +47,12 @@ def build(
     flags: Iterable[str] = (),
     link: Iterable[str] = (),
     headers: Path = HEADERS,
+    objects: Iterable[Path] = (),
     module: bool = False,
 ) -> Path:
     """Compiles ``sources`` against ``headers`` into an executable, or a Python module with pybind11.
+
+    ``objects``: compiled before (they lie beside an earlier target), linked too.
 
     Raises:
         RuntimeError: with the compiler's output.
@@ -84,11 +87,11 @@ def build(
         "  depfile = $out.d\n  deps = gcc",
         f"rule link\n  command = $cxx $in -o $out {' '.join(link_flags)} -ldl",
     ]
-    objects = []
+    linked = [str(path) for path in objects]
     for source in sources:
-        objects.append(f"{source.stem}.o")
-        lines.append(f"build {objects[-1]}: compile {source}")
-    lines.append(f"build {target}: link {' '.join(objects)}")
+        linked.append(f"{source.stem}.o")
+        lines.append(f"build {linked[-1]}: compile {source}")
+    lines.append(f"build {target}: link {' '.join(linked)}")
     with open(folder / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # parallel test processes build once
         (folder / "build.ninja").write_text("\n".join(lines) + "\n")
@@ -96,6 +99,21 @@ def build(
     if done.returncode:
         raise RuntimeError(f"building {name} failed:\n{done.stdout[-8000:]}{done.stderr[-2000:]}")
     return folder / target
+
+
+def changed_headers(name: str, header: str, old: str, new: str) -> Path:
+    """A copy of the headers in which ``header`` has ``new`` where ``old`` stood, once."""
+    text = (HEADERS / "modeprobe" / header).read_text()
+    if text.count(old) != 1:
+        raise ValueError(f"{header} has {text.count(old)} places that read {old!r}, expected one")
+    folder = CACHE / name / "include"
+    for path in (HEADERS / "modeprobe").iterdir():
+        content = text.replace(old, new) if path.name == header else path.read_text()
+        copy = folder / "modeprobe" / path.name
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        if not copy.exists() or copy.read_text() != content:
+            copy.write_text(content)
+    return folder
 
 
 def load(path: Path) -> ModuleType:

@@ -1,0 +1,146 @@
+"""The table of kernel resources, and what every kernel promises: ``python -m modeprobe.benchmarks.kernels``.
+
+CUDA kernels are read from the built library itself; no GPU is needed.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from modeprobe.benchmarks import resources
+from modeprobe.benchmarks.resources import Resources
+
+THREADS = 256  # per block, of every CUDA kernel
+ITEMSIZES = {"<float": 4, "<__half": 2, "<__nv_bfloat16": 2, "<double": 8}
+RESULT = Path("benchmarks") / "results" / "kernels.md"
+
+
+@dataclass(frozen=True)
+class Promise:
+    """What holds for the kernels whose short name matches ``pattern``; ``blocks`` reside on one SM."""
+
+    pattern: str
+    blocks: int = 1
+    vector_loads: bool = False
+    vector_stores: bool = False
+
+
+# The first match counts. Reductions: 0 is contiguous; 2, 4 and 8 are channels last, 16 bytes per thread; 1 is
+# channels last where rows do not begin at 16-byte borders.
+PROMISES = (
+    Promise(r"dropout_forward_kernel", 4, vector_loads=True, vector_stores=True),
+    Promise(r"batch_norm_moments_kernel<double, 1>", 2),
+    Promise(r"batch_norm_moments_kernel<double", 2, vector_loads=True),
+    Promise(r"batch_norm_moments_kernel<\w+, 1>", 3),
+    Promise(r"batch_norm_moments_kernel", 3, vector_loads=True),
+    Promise(r"batch_norm_backward_reduce_kernel<double, 1,"),
+    Promise(r"batch_norm_backward_reduce_kernel<double", vector_loads=True),
+    Promise(r"batch_norm_backward_reduce_kernel<\w+, 1, true", 3),
+    Promise(r"batch_norm_backward_reduce_kernel<\w+, 1, false", 2),
+    Promise(r"batch_norm_backward_reduce_kernel<\w+, \d, true", 3, vector_loads=True),
+    Promise(r"batch_norm_backward_reduce_kernel", 2, vector_loads=True),
+    Promise(r"batch_norm_(normalize|input_gradient)_kernel<double", 1, vector_loads=True, vector_stores=True),
+    Promise(r"batch_norm_input_gradient_kernel<\w+, true, false", 1, vector_loads=True, vector_stores=True),
+    Promise(
+        r"batch_norm_(normalize|input_gradient)_kernel<\w+, \w+, true",
+        3,
+        vector_loads=True,
+        vector_stores=True,
+    ),
+    Promise(r"batch_norm_(normalize|input_gradient)_kernel", 2, vector_loads=True, vector_stores=True),
+    Promise(r""),
+)
+
+# SASS instructions per element in the loop of dropout on sm_90, loads, stores and tie test included.
+INSTRUCTIONS = {
+    "dropout_forward_kernel<__half>": 18,
+    "dropout_forward_kernel<__nv_bfloat16>": 18,
+    "dropout_forward_kernel<float>": 17,
+}
+
+
+def short_name(name: str) -> str:
+    """``void modeprobe::dropout_mask_kernel<float>(float const*, ...)`` -> ``dropout_mask_kernel<float>``."""
+    name = name.removeprefix("void ").replace("modeprobe::", "")
+    name = re.sub(r"\((int|bool)\)", "", name)
+    return name.split("(")[0]
+
+
+def cuda_kernels(library: Path | str) -> list[Resources]:
+    """The kernels in a shared library or object file, under their short names."""
+    return [replace(one, kernel=short_name(one.kernel)) for one in resources.read(library, ITEMSIZES)]
+
+
+def promise_of(one: Resources) -> Promise:
+    return next(promise for promise in PROMISES if re.match(promise.pattern, one.kernel))
+
+
+def broken_promises(kernels: Iterable[Resources]) -> list[str]:
+    """What the kernels do not keep, one line each; empty when all is well."""
+    found = []
+    for one in kernels:
+        promise, where = promise_of(one), f"{one.kernel} on {one.arch}"
+        if one.spills or one.stack:
+            found.append(f"{where}: {one.spills} accesses to spilled registers, {one.stack} bytes of stack")
+        if one.f64 and "double" not in one.kernel:
+            found.append(f"{where}: {one.f64} float64 instructions")
+        if promise.vector_loads and not one.vector_loads:
+            found.append(f"{where}: no 16-byte load")
+        if promise.vector_stores and not one.vector_stores:
+            found.append(f"{where}: no 16-byte store")
+        warps = one.warps_per_sm(THREADS)
+        if warps < promise.blocks * THREADS // 32:
+            found.append(f"{where}: {one.registers} registers let {warps} warps reside, promised are "
+                         f"{promise.blocks * THREADS // 32}")  # fmt: skip
+        limit = INSTRUCTIONS.get(one.kernel)
+        if limit and one.arch == "sm_90" and (one.per_element is None or one.per_element > limit):
+            found.append(f"{where}: {one.per_element} instructions per element, promised are {limit}")
+    return found
+
+
+def library() -> Path | None:
+    """The built extension, if it carries CUDA kernels."""
+    from modeprobe import _extension
+
+    if not _extension.built_for("cuda"):
+        return None
+    from modeprobe import _C
+
+    return Path(_C.__file__)
+
+
+def main() -> int:
+    """Prints the table and, in a checkout, writes it to ``benchmarks/results``; 1 if a promise is broken."""
+    from modeprobe import _extension
+
+    reason = resources.why_no_tool()
+    if reason:
+        print(reason, file=sys.stderr)
+        return 1
+    path = library()
+    if path is None:
+        print(f"No CUDA kernels to read: {_extension.why_not('cuda')}", file=sys.stderr)
+        return 1
+    kernels = cuda_kernels(path)
+    text = "# Kernel resources\n\n"
+    text += (
+        "From the compilers' output, without a GPU: `make kernels`. Instructions per element are those of\n"
+    )
+    text += "the innermost loop that loads and stores 16 bytes.\n\n## CUDA\n\n"
+    text += resources.markdown(kernels)
+    print(text)
+    if RESULT.parent.is_dir():
+        RESULT.write_text(text)
+        print(f"written to {RESULT}")
+    broken = broken_promises(kernels)
+    for line in broken:
+        print(f"BROKEN: {line}", file=sys.stderr)
+    return 1 if broken else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
