@@ -52,7 +52,7 @@ class Left:
     reason: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class SwapReport:
     """What :func:`swap` did. ``str(report)`` is a table.
 
@@ -91,8 +91,14 @@ class SwapReport:
             "backends": dict(self.backends),
         }
 
+    def __repr__(self) -> str:
+        return f"<SwapReport: {self._summary()}>"
+
+    def _summary(self) -> str:
+        return f"{_count(len(self.swapped), 'module')} swapped, {len(self.left)} left as they were"
+
     def __str__(self) -> str:
-        lines = [f"{_count(len(self.swapped), 'module')} swapped, {len(self.left)} left as they were"]
+        lines = [self._summary()]
         kinds: dict[str, list[str]] = {}
         for item in self.swapped:
             kinds.setdefault(item.kind, []).append(_join(item.paths))
@@ -124,7 +130,8 @@ def swap(model: nn.Module, *, fuse: bool = False, backend: str | None = None) ->
 
     Only exact torch types are replaced. Left as they are, each with its reason in the report: subclasses,
     parametrized, scripted and lazy modules, modules whose ``forward`` was overridden on the instance,
-    and dropout inside ``nn.MultiheadAttention`` and recurrent layers.
+    and dropout inside ``nn.MultiheadAttention`` and recurrent layers. Tools that look for exact torch
+    types (torch.fx, torch.jit, quantization's ``fuse_modules``) run before the swap, or after ``restore``.
 
     Args:
         model: any module; it is changed in place.

@@ -379,6 +379,7 @@ def test_the_report_reads_well():
         "backend: reference on cpu",
         "undo: report.undo() or modeprobe.restore(model)",
     ]
+    assert repr(report) == "<SwapReport: 7 modules swapped, 1 left as they were>"
     assert report.as_dict()["left"] == [
         {"paths": ["7"], "kind": "Mine", "reason": "a subclass of Dropout, whose forward may differ"}
     ]
