@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from modeprobe.probe.attribute import attribute
+from modeprobe.probe.attribute import Attributor
 from modeprobe.probe.call import Call
 from modeprobe.probe.judge import judge
 from modeprobe.probe.observe import SEEDS, observe
@@ -30,7 +30,12 @@ def probe(
     with preserved():
         bench = Workbench(model)
         seen = observe(bench, call)
-        found = attribute(bench, call, SEEDS[0])
-        report = judge(model, seen, found)
+        mutated = frozenset(name for run in seen.runs for name in run.mutated)
+        attributor = Attributor(bench, call, SEEDS[0], mutated)
+        attributor.trace()
+        findings, explained = attributor.replay()
+        budget = 25 + 2 * len(attributor.found.readers)
+        attributor.locate(findings, explained, budget, seen.is_random(False))
+        report = judge(model, seen, attributor.found)
     report.forwards = call.forwards
     return report

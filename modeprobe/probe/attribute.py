@@ -1,76 +1,211 @@
-"""Which places in the model the difference comes from."""
+"""Which places in the model the difference comes from: trace, replay locally, follow to the outputs."""
 
 from __future__ import annotations
 
-from collections import Counter
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from modeprobe.probe.call import Call
+from modeprobe.probe.events import Trace
+from modeprobe.probe.instrument import flag_of
+from modeprobe.probe.leaves import Comparison
+from modeprobe.probe.local import WORDS, Events, Finding, LocalJudge, added_events, per_sample
 from modeprobe.probe.randomness import seed_everything
-from modeprobe.probe.report import Site
-from modeprobe.probe.trace import Event, Trace, Tracer
-from modeprobe.probe.workbench import Workbench
+from modeprobe.probe.reach import Reach
+from modeprobe.probe.replay import ReplayBench, Setting
+from modeprobe.probe.state import reachable
+from modeprobe.probe.trace import Control, Tracer, flags_of
+from modeprobe.probe.workbench import Workbench, named_tensors
+
+_CALLS_REPLAYED = 3
+
+
+@dataclass
+class Located:
+    """A finding and the change it makes at the model's outputs (None: it does not reach them)."""
+
+    finding: Finding
+    change: Comparison | None
 
 
 @dataclass
 class Attribution:
+    """traces: by mode. located: findings at modules that read their mode, or at events without a reader.
+    ungated: events active in eval mode whose draws reach the outputs.
+    """
+
     traces: dict[bool, Trace] = field(default_factory=dict)
-    sites: list[Site] = field(default_factory=list)
-    ungated: list[Site] = field(default_factory=list)
-    errors: dict[bool, Exception] = field(default_factory=dict)
+    located: list[Located] = field(default_factory=list)
+    ungated: Events = field(default_factory=dict)
+    readers: dict[str, frozenset[str]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
 
-def attribute(bench: Workbench, call: Call, seed: int) -> Attribution:
-    found = Attribution()
-    for mode in (True, False):
-        with bench.fresh() as lent:
-            lent.model.train(mode)
-            tracer = Tracer(lent.model)
-            found.traces[mode] = tracer.trace
-            seed_everything(seed)
+class Attributor:
+    def __init__(
+        self,
+        bench: Workbench,
+        call: Call,
+        seed: int,
+        mutated: frozenset[str],
+        tick: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        self.bench, self.call, self.seed, self.mutated, self.tick = bench, call, seed, mutated, tick
+        self.draws: set[str] = set()
+        self.gap = False
+        self.below = _has_scripts(bench.model)
+        self.found = Attribution()
+
+    def trace(self) -> None:
+        self._trace()
+        if self.gap and not self.below:
+            self.below = True
+            self._trace()
+        self.found.readers = self._readers()
+
+    def _trace(self) -> None:
+        for mode in (True, False):
+            self.tick(f"tracing {'train' if mode else 'eval'} mode")
+            with self.bench.fresh() as lent, warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                lent.model.train(mode)
+                tracer = Tracer(lent.model, Control(draws=self.draws), below=self.below)
+                tracer.trace.flags = flags_of(lent.model)
+                self.found.traces[mode] = tracer.trace
+                seed_everything(self.seed)
+                try:
+                    with tracer.active():
+                        self.call(lent.model)
+                except Exception as error:
+                    tracer.trace.error = error
+                self.gap = self.gap or tracer.gap
+
+    def _readers(self) -> dict[str, frozenset[str]]:
+        """Modules during whose forward a mode is read that train() and eval() set differently."""
+        train, evaluation = self.found.traces[True], self.found.traces[False]
+        toggled = {path for path, flag in train.flags.items() if evaluation.flags.get(path) is not flag}
+        readers: dict[str, set[str]] = {}
+        for read in (*train.reads, *evaluation.reads):
+            if read.owner in toggled:
+                readers.setdefault(read.path if read.path is not None else "", set()).add(read.owner)
+        for path, kind in train.types.items():
+            if issubclass(kind, torch.jit.ScriptModule) and path in toggled:
+                inside = {p for p in toggled if p == path or p.startswith(path + "." if path else "")}
+                readers.setdefault(path, set()).update(inside)
+        return {path: frozenset(owners) for path, owners in readers.items()}
+
+    def replay(self) -> tuple[list[Finding], set]:
+        """Local findings at every reader, and all call sites that some reader accounts for."""
+        findings: list[Finding] = []
+        explained: set = set()
+        todo = dict.fromkeys(self.found.readers, _CALLS_REPLAYED)
+        total = len(todo)
+
+        with self.bench.fresh() as lent, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            lent.model.eval()
+            modules = dict(lent.model.named_modules())
+            setting = Setting(
+                {module: flag_of(module) for module in modules.values()},
+                {id(t) for name, t in named_tensors(lent.model).items() if name in self.mutated},
+                self.draws,
+                self.call.count,
+                self.below,
+            )
+            lent.model.train()
+
+            def visit(path: str, module: nn.Module, run: Callable[[], Any], arguments: Any) -> None:
+                owners = self.found.readers[path]
+                self.tick(f"replaying modules that read their mode ({total - len(todo) + 1} of {total})")
+                flags = {modules[owner]: flag_of(modules[owner]) for owner in owners}
+                judge = LocalJudge(ReplayBench(tracer, module, run, arguments, flags, setting), path, owners)
+                local = judge.findings()
+                explained.update(judge.added)
+                findings.extend(local)
+                todo[path] -= 1
+                if local or not todo[path]:
+                    del todo[path]
+
+            tracer = _ReplayTracer(lent.model, todo, visit)
+            seed_everything(self.seed)
             try:
                 with tracer.active():
-                    call(lent.model)
+                    self.call(lent.model)
             except Exception as error:
-                found.errors[mode] = error
-    train, evaluation = found.traces[True], found.traces[False]
-    in_eval = Counter(e.key for e in evaluation.events if e.active)
-    merged: dict[tuple, list[Event]] = {}
-    for event in train.events:
-        if event.active:
-            merged.setdefault(event.key, []).append(event)
-    for key, events in merged.items():
-        if in_eval[key]:
-            if events[0].kind != "statistics":
-                found.ungated.append(_site(events, "", ("train", "eval")))
-        else:
-            found.sites.append(_site(events, cause_of(events[0]), ("train",)))
-    return found
+                self.found.notes.append(f"replay in train mode: {type(error).__name__}: {error}")
+        return findings, explained
+
+    def locate(self, findings: list[Finding], explained: set, budget: int, eval_is_random: bool) -> Reach:
+        train, evaluation = self.found.traces[True], self.found.traces[False]
+        reach = Reach(
+            self.bench, self.call, {True: train.flags, False: evaluation.flags}, self.draws, self.below
+        )
+        free = {k: e for k, e in added_events(train, evaluation).items() if k not in explained}
+        groups: dict[str, Events] = {}
+        for key, events in free.items():
+            groups.setdefault(_word_without_reader(events[0]), {})[key] = events
+        for word, group in groups.items():
+            change = reach.of_events(True, group)
+            for key, events in group.items():
+                finding = Finding(key.path, frozenset(), word, 0.0, {key: events})
+                self.found.located.append(Located(finding, change))
+        for index, finding in enumerate(findings):
+            self.tick(f"following effects to the outputs ({index + 1} of {len(findings)})")
+            if self.call.forwards >= budget:
+                self.found.notes.append("some local effects were not followed to the outputs (cost limit)")
+                self.found.located += [Located(f, Comparison((), 0)) for f in findings[index:]]
+                break
+            self.found.located.append(Located(finding, reach.of(finding)))
+        if eval_is_random:
+            self._ungated(reach, budget)
+        return reach
+
+    def _ungated(self, reach: Reach, budget: int) -> None:
+        for key, events in self.found.traces[False].active().items():
+            if key.kind == "statistics" or key.kind == "reseed":
+                continue
+            if self.call.forwards >= budget or reach.of_draws(False, frozenset({key})):
+                self.found.ungated[key] = events
 
 
-def _site(events: list[Event], cause: str, modes: tuple[str, ...]) -> Site:
-    event = events[0]
-    return Site(
-        event.path, event.name, cause, event.p, event.place.file, event.place.line, modes, None, len(events)
-    )
+class _ReplayTracer(Tracer):
+    """Lets the model run as it is and stops at the first calls of the modules to replay."""
+
+    def __init__(self, model: nn.Module, todo: dict[str, int], visit: Callable[..., None]) -> None:
+        super().__init__(model, functions=False)
+        self.todo, self.visit = todo, visit
+        self.outermost = False
+
+    def on_read(self, owner: nn.Module) -> None:
+        pass
+
+    def on_call(self, module: nn.Module, args: tuple, kwargs: dict, run: Callable[..., Any]) -> Any:
+        path = self.path(module)
+        self.stack.append(module)
+        try:
+            if path in self.todo:
+                self.stack.pop()
+                self.visit(path, module, lambda: module(*args, **kwargs), (args, kwargs))
+                self.stack.append(module)
+            return run(module, *args, **kwargs)
+        finally:
+            self.stack.pop()
 
 
-def cause_of(event: Event) -> str:
+def _has_scripts(model: nn.Module) -> bool:
+    kinds = (torch.jit.ScriptModule, torch.jit.ScriptFunction)
+    return any(isinstance(item, kinds) for item in reachable([model]))
+
+
+def _word_without_reader(event: Any) -> str:
     if issubclass(event.module_type, _DropoutNd):
         return "module_dropout"
-    if event.kind == "dropout":
-        return "functional_dropout"
-    if event.kind == "attention":
-        return "attention_dropout"
-    if event.kind == "statistics":
-        return "batch_statistics"
-    if event.kind == "draw" and len(event.shape) != 1 and all(n == 1 for n in event.shape[1:]):
+    if event.kind == "draw" and event.scales and event.binary and per_sample(event.shape):
         return "stochastic_depth"
-    return "random_noise"
-
-
-def dropout_modules(model: nn.Module) -> dict[str, _DropoutNd]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, _DropoutNd)}
+    return WORDS.get(event.kind, "random_noise")

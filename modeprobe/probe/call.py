@@ -27,8 +27,12 @@ class Call:
     grad_enabled: bool = False
     forwards: int = 0
 
-    def __call__(self, model: nn.Module) -> Any:
+    def count(self) -> None:
+        """One more pass through the whole model."""
         self.forwards += 1
+
+    def __call__(self, model: nn.Module) -> Any:
+        self.count()
         args, kwargs = clone_inputs((self.args, dict(self.kwargs)))
         with torch.set_grad_enabled(self.grad_enabled or self.gradients):
             output = self.step(model) if self.step else model(*args, **kwargs)

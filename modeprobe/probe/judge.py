@@ -5,9 +5,10 @@ from __future__ import annotations
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from modeprobe.probe.attribute import Attribution
+from modeprobe.probe.attribute import Attribution, Located
+from modeprobe.probe.events import Event, Key
 from modeprobe.probe.observe import Observation
-from modeprobe.probe.report import Failure, Idle, Mutation, Report
+from modeprobe.probe.report import Failure, Idle, Mutation, Report, Site
 
 
 def judge(model: nn.Module, seen: Observation, found: Attribution) -> Report:
@@ -20,9 +21,9 @@ def judge(model: nn.Module, seen: Observation, found: Attribution) -> Report:
     report.train_is_reproducible = seen.is_reproducible(True)
     report.eval_is_reproducible = seen.is_reproducible(False)
     if report.effect == "differs":
-        report.sites = found.sites
-        report.causes = frozenset(site.cause for site in found.sites) or frozenset({"branch"})
-    report.ungated = found.ungated
+        report.sites = [_site(item) for item in found.located if item.change is not None]
+        report.causes = frozenset(site.cause for site in report.sites) or frozenset({"opaque"})
+    report.ungated = [_ungated(key, events) for key, events in found.ungated.items()]
     calls = found.traces[True].calls
     for name, module in model.named_modules():
         if isinstance(module, _DropoutNd):
@@ -43,6 +44,39 @@ def judge(model: nn.Module, seen: Observation, found: Attribution) -> Report:
             report.mutations += [Mutation(name, f"forward in {word} mode") for name in first.mutated]
     report.verdict = verdict(report)
     return report
+
+
+def _site(item: Located) -> Site:
+    finding = item.finding
+    events = [event for group in finding.events.values() for event in group]
+    place = next((key.place for key in finding.events), None)
+    p = next((event.p for event in events if event.p is not None), None)
+    what = ", ".join(dict.fromkeys(key.name for key in finding.events)) or finding.detail
+    return Site(
+        next((key.path for key in finding.events), finding.path),
+        what,
+        finding.cause,
+        p,
+        place.file if place else "",
+        place.line if place else 0,
+        ("train",),
+        finding.amount,
+        max(len(events), 1),
+    )
+
+
+def _ungated(key: Key, events: list[Event]) -> Site:
+    return Site(
+        key.path,
+        key.name,
+        "",
+        events[0].p,
+        key.place.file,
+        key.place.line,
+        ("train", "eval"),
+        None,
+        len(events),
+    )
 
 
 _WORDS = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -61,6 +61,42 @@ def seed_everything(seed: int) -> None:
     numpy = sys.modules.get("numpy.random")
     if numpy:
         numpy.seed(seed % 2**32)
+
+
+def stream_position() -> tuple:
+    """Cheap fingerprint of torch's default generators: it changes when a value is drawn."""
+    device = _accelerator()
+    offsets = [g.get_offset() for g in device.default_generators] if device else ()
+    return (torch.get_rng_state().numpy().tobytes(), *offsets)
+
+
+def private_generators(items: Iterable[Any]) -> list[Any]:
+    """Generators of torch, Python and numpy among `items`, each with its own random stream."""
+    kinds: tuple[type, ...] = (torch.Generator, random.Random)
+    numpy: Any = sys.modules.get("numpy.random")
+    if numpy:
+        kinds = (*kinds, numpy.Generator, numpy.RandomState)
+    return [item for item in items if isinstance(item, kinds)]
+
+
+def generator_state(generator: Any) -> str:
+    if isinstance(generator, torch.Generator):
+        return str(generator.get_state().tolist())
+    if isinstance(generator, random.Random):
+        return str(generator.getstate())
+    if hasattr(generator, "bit_generator"):
+        return str(generator.bit_generator.state)
+    return str([str(part) for part in generator.get_state()])
+
+
+def reseed_generator(generator: Any, seed: int) -> None:
+    if isinstance(generator, torch.Generator):
+        generator.manual_seed(seed)
+    elif hasattr(generator, "bit_generator"):
+        fresh = sys.modules["numpy.random"].Generator(type(generator.bit_generator)(seed))
+        generator.bit_generator.state = fresh.bit_generator.state
+    else:
+        generator.seed(seed)
 
 
 @contextmanager

@@ -1,8 +1,8 @@
-"""What a forward pass does with its mode: reads of `.training`, dropout, statistics, random draws."""
+"""Traced runs: every event by module and source line; random draws seeded, forced or silenced on request."""
 
 from __future__ import annotations
 
-import os
+import hashlib
 import sys
 import threading
 from collections import Counter
@@ -14,119 +14,281 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
-_TORCH = os.path.dirname(torch.__file__) + os.sep
-_HERE = os.path.dirname(__file__) + os.sep
-
-
-@dataclass(frozen=True)
-class Place:
-    """A line of source."""
-
-    file: str
-    line: int
-
-    def __str__(self) -> str:
-        return f"{self.file}:{self.line}" if self.file else "?"
-
-
-@dataclass(frozen=True)
-class Event:
-    """One call that is random or uses batch statistics.
-
-    kind: "dropout", "attention" (dropout inside scaled-dot-product attention), "statistics", "draw".
-    active: whether it does something here (p > 0 and training, batch statistics in use, a value drawn).
-    """
-
-    kind: str
-    name: str
-    path: str
-    module_type: type
-    active: bool
-    p: float | None
-    place: Place
-    shape: tuple[int, ...] = ()
-
-    @property
-    def key(self) -> tuple:
-        return (self.kind, self.name, self.path, self.place, self.active)
-
-
-@dataclass(frozen=True)
-class Read:
-    """One line that reads the mode of `owner` while `path` executes."""
-
-    owner: str
-    path: str
-    place: Place
+from modeprobe.probe.events import (
+    _HERE,
+    _TORCH,
+    DRAWS,
+    Event,
+    Key,
+    Place,
+    Read,
+    Trace,
+    argument,
+    caller_place,
+    classify,
+    is_recurrent,
+    recurrent_dropout_index,
+)
+from modeprobe.probe.instrument import flag_of, listening
+from modeprobe.probe.randomness import RandomState, seed_everything, stream_position
 
 
 @dataclass
-class Trace:
-    events: list[Event] = field(default_factory=list)
-    reads: Counter[Read] = field(default_factory=Counter)
-    calls: Counter[str] = field(default_factory=Counter)
+class Control:
+    """How events are executed.
 
-    def active(self) -> Counter[tuple]:
-        return Counter(event.key for event in self.events if event.active)
+    salt: None leaves the random streams alone. An integer gives every event its own seed, made of salt, call
+    site and count, so that adding or silencing one event changes no other.
+    silent: call sites to silence: dropout passes its input on, statistics come from the running buffers.
+    resalt: call sites that draw other values than the salt gives them.
+    force: scalar draws are set to their lowest (0) or highest (1) value.
+    draws: names of further functions known to draw, filled while tracing.
+    """
 
-
-def caller_place() -> Place:
-    """The innermost line outside torch and this package."""
-    frame = sys._getframe(1)
-    inner: Place | None = None
-    while frame is not None:
-        name = frame.f_code.co_filename
-        if not name.startswith(_HERE):
-            if not name.startswith((_TORCH, "<frozen")):
-                return Place(name, frame.f_lineno)
-            inner = inner or Place(name, frame.f_lineno)
-        elif frame.f_code.co_name == "_outermost":
-            break
-        frame = frame.f_back  # type: ignore[assignment]
-    return inner or Place("", 0)
+    salt: int | None = None
+    silent: frozenset[Key] = frozenset()
+    resalt: frozenset[Key] = frozenset()
+    force: int | None = None
+    forced: frozenset[Key] | None = None
+    draws: set[str] = field(default_factory=set)
 
 
-_DROPOUTS = {
-    "dropout": True, "dropout_": True, "dropout1d": True, "dropout2d": True, "dropout3d": True,
-    "feature_dropout": True, "feature_dropout_": True, "alpha_dropout": False, "alpha_dropout_": False,
-    "feature_alpha_dropout": False, "feature_alpha_dropout_": False, "native_dropout": True,
-}  # fmt: skip
-_RECURRENT = {"lstm", "gru", "rnn_tanh", "rnn_relu"}
+_MASKING = frozenset(
+    """bernoulli bernoulli_ floor floor_ round round_ lt le gt ge lt_ le_ gt_ ge_ __lt__ __le__ __gt__ __ge__
+    less greater less_equal greater_equal bool""".split()  # noqa: SIM905
+)
+_SCALING = frozenset(
+    "mul mul_ multiply multiply_ __mul__ __rmul__ __imul__ masked_fill masked_fill_".split()  # noqa: SIM905
+)
+_STEERING = frozenset("__bool__ item tolist __float__ __int__ __index__".split())  # noqa: SIM905
 
 
-def _argument(args: tuple, kwargs: dict, index: int, names: tuple[str, ...], default: Any) -> Any:
-    for name in names:
-        if name in kwargs:
-            return kwargs[name]
-    return args[index] if len(args) > index else default
+class Tracer:
+    """Context manager that records a Trace of the runs inside it.
 
+    functions: intercept torch functions (an active function mode hides fused fast paths, so some runs go
+    without); below: also watch operators below Python, for scripted code.
+    """
 
-def classify(name: str, args: tuple, kwargs: dict) -> tuple[str, bool, float | None] | None:
-    """(kind, active, p) of a torch function that is known by name, None for any other."""
-    if name in _DROPOUTS:
-        p = float(_argument(args, kwargs, 1, ("p",), 0.5))
-        training = _argument(args, kwargs, 2, ("training", "train"), _DROPOUTS[name])
-        return "dropout", bool(training) and p > 0, p
-    if name in _RECURRENT:
-        index = next((i for i, value in enumerate(args) if isinstance(value, float)), None)
-        if index is None:
-            return None
-        layers = args[index - 1]
-        return "dropout", bool(args[index + 1]) and args[index] > 0 and layers > 1, args[index]
-    if name == "scaled_dot_product_attention":
-        p = float(_argument(args, kwargs, 4, ("dropout_p",), 0.0))
-        return "attention", p > 0, p
-    if name == "multi_head_attention_forward":
-        p = float(_argument(args, kwargs, 9, ("dropout_p",), 0.0))
-        active = p > 0 and bool(_argument(args, kwargs, 12, ("training",), True))
-        weights = _argument(args, kwargs, 14, ("need_weights",), True)
-        return "dropout" if weights else "attention", active, p
-    if name == "batch_norm":
-        return "statistics", bool(_argument(args, kwargs, 5, ("training",), False)), None
-    if name == "instance_norm":
-        return "statistics", bool(_argument(args, kwargs, 5, ("use_input_stats",), True)), None
-    return None
+    def __init__(
+        self,
+        model: nn.Module,
+        control: Control | None = None,
+        functions: bool = True,
+        below: bool = False,
+        like: Tracer | None = None,
+    ) -> None:
+        self.trace = Trace()
+        self.model = model
+        self.control = control or Control()
+        self.thread = threading.get_ident()
+        self.functions = functions
+        self.below = below
+        self.in_event = 0
+        self.counts: Counter[Any] = Counter()
+        self.reseeds: tuple = ()
+        self.gap = False
+        self._position: tuple | None = None
+        self.tracked: dict[int, Event] = {}
+        self._alive: list[Any] = []
+        if like is None:
+            self.paths = {id(module): name for name, module in model.named_modules()}
+            self._names: Counter[str] = Counter()
+            self._foreign: list[nn.Module] = []
+            self.stack: list[nn.Module] = []
+        else:
+            self.paths, self._names, self._foreign = like.paths, like._names, like._foreign
+            self.stack = list(like.stack)
+
+    def path(self, module: nn.Module) -> str:
+        if id(module) not in self.paths:
+            parent = next((self.paths[id(m)] for m in reversed(self.stack) if m is not module), "")
+            name = f"{parent}." * bool(parent) + f"<{type(module).__name__}>"
+            self._names[name] += 1
+            count = self._names[name]
+            self.paths[id(module)] = name if count == 1 else f"{name}{count}"
+            self._foreign.append(module)  # alive, so that its id is not given to another module
+        return self.paths[id(module)]
+
+    @contextmanager
+    def active(self) -> Iterator[Trace]:
+        with ExitStack() as stack:
+            stack.enter_context(listening(self))
+            if self.functions:
+                stack.enter_context(_Functions(self))
+            if self.below:
+                stack.enter_context(_Operators(self))
+            self._position = stream_position() if self.functions else None
+            yield self.trace
+            self._check_gap()
+
+    # -- what the hooks report ---------------------------------------------------------------------------
+
+    def on_read(self, owner: nn.Module) -> None:
+        frame = sys._getframe(2)
+        file = frame.f_code.co_filename
+        if frame.f_code.co_name in ("train", "eval") or file.startswith(_HERE):
+            return
+        place = caller_place() if file.startswith(_TORCH) else Place(file, frame.f_lineno)
+        path = self.path(self.stack[-1]) if self.stack else None
+        self.trace.reads[Read(self.path(owner), path, place)] += 1
+
+    def on_call(self, module: nn.Module, args: tuple, kwargs: dict, run: Callable[..., Any]) -> Any:
+        path = self.path(module)
+        self.stack.append(module)
+        self.trace.calls[path] += 1
+        self.trace.types[path] = type(module)
+        try:
+            return run(module, *args, **kwargs)
+        finally:
+            self.stack.pop()
+
+    def on_reseed(self, name: str, function: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
+        if self.in_event:
+            return function(*args, **kwargs)
+        key = self._key("reseed", name)
+        self.trace.events.append(Event(key, self._type(), True, None))
+        fixed = args or kwargs
+        self.reseeds = (repr(args) + repr(kwargs),) if fixed else (*self.reseeds, key)
+        if self.control.salt is not None and not fixed:
+            self.reseeds = (*self.reseeds, self.counts[key])
+        self.in_event += 1
+        try:
+            return function(*args, **kwargs)
+        finally:
+            self.in_event -= 1
+            self._position = stream_position()
+
+    def on_draw(self, name: str, function: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
+        """A draw through Python's or numpy's global generator."""
+        if self.in_event:
+            return function(*args, **kwargs)
+        event = Event(self._key("draw", name), self._type(), True, None)
+        with self._seeded(event.key):
+            result = function(*args, **kwargs)
+        event.shape = tuple(getattr(result, "shape", ()))
+        self.trace.events.append(event)
+        if isinstance(result, float) and self._forces(event):
+            low, high = _range(name, args)
+            return type(result)(low if self.control.force == 0 else high)
+        return result
+
+    def on_function(self, func: Any, name: str, args: tuple, kwargs: dict) -> Any:
+        if self.in_event:
+            return func(*args, **kwargs)
+        self._check_gap()
+        try:
+            return self._intercept(func, name, args, kwargs)
+        finally:
+            self._position = stream_position()
+
+    def _check_gap(self) -> None:
+        """Notice draws that no torch function announced since the last one."""
+        if self._position is not None and stream_position() != self._position:
+            self.gap = True
+
+    def _intercept(self, func: Any, name: str, args: tuple, kwargs: dict) -> Any:
+        known = classify(name, args, kwargs)
+        if known is not None:
+            kind, active, p = known
+            event = Event(self._key(kind, name), self._type(), active, p, _shape(args))
+            self.trace.events.append(event)
+            if active and event.key in self.control.silent:
+                args, kwargs, event.silenced = _silenced(func, name, kind, args, kwargs)
+            with self._seeded(event.key):
+                return func(*args, **kwargs)
+        if name in DRAWS or name in self.control.draws:
+            return self._draw(func, name, args, kwargs)
+        before = stream_position()
+        self.in_event += 1
+        try:
+            result = func(*args, **kwargs)
+        finally:
+            self.in_event -= 1
+        if stream_position() != before:
+            self.control.draws.add(name)
+            self._record_draw(self._key("draw", name), result, _shape((result,)))
+        elif self.tracked:
+            self._follow(name, args, kwargs, result)
+        return result
+
+    def _draw(self, func: Any, name: str, args: tuple, kwargs: dict) -> Any:
+        key = self._key("draw", name)
+        with self._seeded(key):
+            start = stream_position()
+            result = func(*args, **kwargs)
+            drew = stream_position() != start or kwargs.get("generator") is not None
+        if not drew:  # a function that draws only in some modes, such as rrelu
+            return result
+        event = self._record_draw(key, result, _shape((result,)))
+        if isinstance(result, Tensor) and result.numel() == 1 and self._forces(event):
+            with torch.no_grad():
+                result.data.fill_(_extreme(result, name, self.control.force))
+        return result
+
+    def _record_draw(self, key: Key, result: Any, shape: tuple[int, ...]) -> Event:
+        event = Event(key, self._type(), True, None, shape, binary=key.name in _MASKING)
+        self.trace.events.append(event)
+        if isinstance(result, Tensor):
+            self._track(result, event)
+        return event
+
+    def _follow(self, name: str, args: tuple, kwargs: dict, result: Any) -> None:
+        """Follow drawn values through later functions, to learn what they are used for."""
+        tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
+        for tensor in tensors:
+            event = self.tracked.get(id(tensor))
+            if event is None:
+                continue
+            if name in _STEERING:
+                event.steers = True
+            if name in _MASKING:
+                event.binary = True
+            if name in _SCALING and (
+                event.scalar or any(other.numel() > tensor.numel() for other in tensors)
+            ):
+                event.scales = True
+            if isinstance(result, Tensor) and result.numel() == tensor.numel():
+                self._track(result, event)
+
+    def _track(self, tensor: Tensor, event: Event) -> None:
+        self.tracked[id(tensor)] = event
+        self._alive.append(tensor)
+
+    # -- identity, seeds ---------------------------------------------------------------------------------
+
+    def _key(self, kind: str, name: str) -> Key:
+        module = self.stack[-1] if self.stack else self.model
+        return Key(kind, name, self.path(module), caller_place())
+
+    def _type(self) -> type:
+        return type(self.stack[-1] if self.stack else self.model)
+
+    def _forces(self, event: Event) -> bool:
+        control = self.control
+        return control.force is not None and (control.forced is None or event.key in control.forced)
+
+    @contextmanager
+    def _seeded(self, key: Key) -> Iterator[None]:
+        self.in_event += 1
+        try:
+            if self.control.salt is None:
+                yield
+                return
+            self.counts[key] += 1
+            label = (self.control.salt, key in self.control.resalt, key, self.counts[key], self.reseeds)
+            state = RandomState()
+            seed_everything(
+                int.from_bytes(hashlib.blake2b(repr(label).encode(), digest_size=7).digest(), "big")
+            )
+            try:
+                yield
+            finally:
+                state.restore()
+        finally:
+            self.in_event -= 1
 
 
 class _Functions(TorchFunctionMode):
@@ -135,117 +297,100 @@ class _Functions(TorchFunctionMode):
         self.tracer = tracer
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
-        if name in ("__get__", "__set__"):
-            return func(*args, **kwargs)
-        return self.tracer.call(func, name.split(".")[0], args, kwargs)
+        if name in ("__get__", "__set__") or threading.get_ident() != self.tracer.thread:
+            return func(*args, **(kwargs or {}))
+        return self.tracer.on_function(func, name.split(".")[0], args, kwargs or {})
 
 
-class Tracer:
-    """Context that records a Trace of the runs inside it.
+class _Operators(TorchDispatchMode):
+    """Random operators and batch statistics that no torch function announced: scripted code, C++ code."""
 
-    Process-wide while active: `nn.Module.training` and `nn.Module.__call__` are replaced; only the thread
-    that entered is recorded.
-    """
+    def __init__(self, tracer: Tracer) -> None:
+        super().__init__()
+        self.tracer = tracer
+        self.previous = ""
+        self.pending: Event | None = None
 
-    def __init__(self, model: nn.Module) -> None:
-        self.trace = Trace()
-        self.model = model
-        self.paths = {id(module): name for name, module in model.named_modules()}
-        self.stack: list[nn.Module] = []
-        self._foreign: list[nn.Module] = []
-        self._thread = threading.get_ident()
-
-    def path(self, module: nn.Module | None) -> str:
-        if module is None:
-            return ""
-        if id(module) not in self.paths:
-            parent = self.path(self.stack[-1]) if self.stack and self.stack[-1] is not module else ""
-            name = f"({type(module).__name__})"
-            self.paths[id(module)] = f"{parent}.{name}" if parent else name
-            self._foreign.append(module)  # keeps the id from being reused
-        return self.paths[id(module)]
-
-    @property
-    def current(self) -> nn.Module:
-        return self.stack[-1] if self.stack else self.model
-
-    def call(self, func: Any, name: str, args: tuple, kwargs: dict) -> Any:
-        known = classify(name, args, kwargs)
-        before = torch.get_rng_state() if known is None else None
-        result = func(*args, **kwargs)
-        if known is not None:
-            self.record(name, *known, _shape(args))
-        elif before is not None and not torch.equal(before, torch.get_rng_state()):
-            self.record(name, "draw", True, None, _shape((result,)))
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        tracer = self.tracer
+        name = func.__name__.split(".")[0]
+        hidden = not tracer.in_event
+        if self.pending is not None:
+            # at::dropout without autograd kernels: empty_like, bernoulli_(1 - p), div_(1 - p), multiply.
+            if hidden and name == "div_" and self.pending.key.name == "bernoulli_":
+                self.pending.key = self.pending.key._replace(kind="dropout", name="dropout")
+            self.pending = None
+        result = func(*args, **(kwargs or {}))
+        if hidden:
+            if name in ("native_dropout", "_fused_dropout"):
+                self._hidden("dropout", "dropout", float(args[1]), args)
+            elif torch.Tag.nondeterministic_seeded in func.tags:
+                drawn = self._hidden("draw", name, None, (result,))
+                if name == "bernoulli_" and self.previous.startswith("empty") and len(args) > 1:
+                    drawn.p = 1 - float(args[1]) if isinstance(args[1], (int, float)) else None
+                    self.pending = drawn
+            elif "batch_norm" in name and "backward" not in name and len(args) > 5 and args[5] is True:
+                self._hidden("statistics", "batch_norm", None, args)
+        self.previous = name
         return result
 
-    def record(self, name: str, kind: str, active: bool, p: float | None, shape: tuple[int, ...]) -> None:
-        module = self.current
-        self.trace.events.append(
-            Event(kind, name, self.path(module), type(module), active, p, caller_place(), shape)
-        )
+    def _hidden(self, kind: str, name: str, p: float | None, values: tuple) -> Event:
+        tracer = self.tracer
+        event = Event(tracer._key(kind, name), tracer._type(), True, p, _shape(values), hidden=True)
+        tracer.trace.events.append(event)
+        return event
 
-    def read(self, owner: nn.Module) -> None:
-        if threading.get_ident() != self._thread:
-            return
-        frame = sys._getframe(2)
-        file = frame.f_code.co_filename
-        if frame.f_code.co_name in ("train", "eval") or file.startswith(_HERE):
-            return
-        place = caller_place() if file.startswith(_TORCH) else Place(file, frame.f_lineno)
-        self.trace.reads[Read(self.path(owner), self.path(self.current), place)] += 1
 
-    @contextmanager
-    def active(self) -> Iterator[Trace]:
-        with ExitStack() as stack:
-            stack.enter_context(_patched_training(self.read))
-            stack.enter_context(_patched_call(self))
-            stack.enter_context(_Functions(self))
-            yield self.trace
+def _silenced(func: Any, name: str, kind: str, args: tuple, kwargs: dict) -> tuple[tuple, dict, bool]:
+    """Arguments of the same call as in eval mode, and whether there are such."""
+    args_list, kwargs = list(args), dict(kwargs)
+
+    def put(index: int, names: tuple[str, ...], value: Any) -> None:
+        for key in names:
+            if key in kwargs:
+                kwargs[key] = value
+                return
+        if len(args_list) > index:
+            args_list[index] = value
+        else:
+            kwargs[names[0]] = value
+
+    if is_recurrent(name):
+        args_list[recurrent_dropout_index(args) or 0] = 0.0
+    elif name == "scaled_dot_product_attention":
+        put(4, ("dropout_p",), 0.0)
+    elif name == "multi_head_attention_forward":
+        put(9, ("dropout_p",), 0.0)
+    elif kind == "dropout":
+        put(2, ("training", "train"), False)
+    elif kind == "statistics":
+        at = 1 if getattr(func, "__module__", "") == "torch.nn.functional" else 3
+        if not isinstance(argument(args, kwargs, at, ("running_mean",), None), Tensor):
+            return args, kwargs, False
+        put(5, ("training",) if name == "batch_norm" else ("use_input_stats",), False)
+    return tuple(args_list), kwargs, True
 
 
 def _shape(values: tuple) -> tuple[int, ...]:
     return next((tuple(value.shape) for value in values if isinstance(value, Tensor)), ())
 
 
-@contextmanager
-def _patched_training(on_read: Callable[[nn.Module], None]) -> Iterator[None]:
-    def get(module: nn.Module) -> bool:
-        on_read(module)
-        attributes = module.__dict__
-        if "training" in attributes:
-            return attributes["training"]
-        # a scripted module keeps it outside __dict__
-        return bool(type(module).__getattr__(module, "training"))
-
-    def put(module: nn.Module, value: bool) -> None:
-        module.__dict__["training"] = value
-
-    nn.Module.training = property(get, put)  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        del nn.Module.training
+def _extreme(result: Tensor, name: str, force: int | None) -> float:
+    if name in ("randn", "normal", "normal_", "randn_like"):
+        return 3.0 if force else -3.0
+    if result.is_floating_point() and not name.startswith("bernoulli"):
+        return 1.0 - 2**-11 if force else 0.0
+    return 1.0 if force else 0.0
 
 
-@contextmanager
-def _patched_call(tracer: Tracer) -> Iterator[None]:
-    original = nn.Module.__call__
+def _range(name: str, args: tuple) -> tuple[float, float]:
+    if name.endswith(".uniform") and len(args) >= 2 and all(isinstance(a, (int, float)) for a in args[:2]):
+        return float(args[0]), float(args[1])
+    if name.endswith((".random", ".rand", ".random_sample", ".uniform")):
+        return 0.0, 1.0 - 2**-11
+    return -3.0, 3.0
 
-    def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if threading.get_ident() != tracer._thread:
-            return original(module, *args, **kwargs)
-        tracer.stack.append(module)
-        tracer.trace.calls[tracer.path(module)] += 1
-        try:
-            return original(module, *args, **kwargs)
-        finally:
-            tracer.stack.pop()
 
-    nn.Module.__call__ = call  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        nn.Module.__call__ = original  # type: ignore[method-assign]
+def flags_of(model: nn.Module) -> dict[str, bool]:
+    return {name: flag_of(module) for name, module in model.named_modules()}

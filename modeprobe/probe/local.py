@@ -1,0 +1,231 @@
+"""Causes at one module: which of its mode-dependent events change its own output."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
+from torch.nn.modules.instancenorm import _InstanceNorm
+
+from modeprobe.probe.events import Event, Key, Trace
+from modeprobe.probe.leaves import Comparison, compare
+from modeprobe.probe.replay import SALT, ReplayBench, Variant
+
+_SILENCEABLE = frozenset({"dropout", "attention", "statistics"})
+_UNSILENCED = frozenset({"random_noise", "stochastic_depth"})
+_MORE_SALTS = range(SALT + 1, SALT + 5)
+
+Events = dict[Key, list[Event]]
+
+
+@dataclass
+class Finding:
+    """One cause at one module that reads the mode, with a measured effect on the module's own output.
+
+    events: the calls behind it by call site (none for a branch). plain: visible only without interception.
+    forced: a scalar draw had to be set to its lowest (0) or highest (1) value to see it.
+    """
+
+    path: str
+    owners: frozenset[str]
+    cause: str
+    amount: float
+    events: Events = field(default_factory=dict)
+    plain: bool = False
+    forced: int | None = None
+    detail: str = ""
+    only_cause: bool = True
+
+
+class LocalJudge:
+    """Compares replays of one call: `flipped` (mode as in training) against `steady` (eval)."""
+
+    def __init__(self, bench: ReplayBench, path: str, owners: frozenset[str]) -> None:
+        self.bench, self.path, self.owners = bench, path, owners
+        self.flipped, self.steady = bench.variant(True), bench.variant(False)
+        self.added = added_events(self.flipped.trace, self.steady.trace)
+        self.silent = frozenset(
+            key
+            for key, events in self.added.items()
+            if key.kind in _SILENCEABLE and not any(event.hidden for event in events)
+        )
+
+    def findings(self) -> list[Finding]:
+        change = differs(self.flipped, self.steady, exact=bool(self.added))
+        if change and self._is_plain_layer():
+            return [self._finding(self.word(next(iter(self.added))), self.added, change)]
+        if not change and not self.added:
+            return self._unintercepted() if self.flipped.private == self.steady.private else []
+        self.quiet = self.bench.variant(True, silent=self.silent) if self.silent else self.flipped
+        self.residue = differs(self.quiet, self.steady, exact=bool(self.added))
+        found = self._silenceable(change) + self._drawn()
+        if self.residue:
+            if not any(
+                f.cause in ("random_noise", "stochastic_depth") or f.events.keys() - self.silent
+                for f in found
+            ):
+                found += self._remainder(self.residue)
+            elif self._structure_alone():
+                found.append(self._finding("branch", {}, self.residue))
+        for finding in found:
+            finding.only_cause = len(found) == 1
+        return found
+
+    def _silenceable(self, change: Comparison | None) -> list[Finding]:
+        groups: dict[str, Events] = {}
+        for key in self.silent:
+            groups.setdefault(self.word(key), {})[key] = self.added[key]
+        if len(groups) == 1 and not self.residue:
+            word, events = next(iter(groups.items()))
+            return [self._finding(word, events, change)] if change else []
+        found = []
+        for word, events in groups.items():
+            alone = self.bench.variant(True, silent=self.silent - events.keys())
+            effect = differs(alone, self.quiet, exact=True)
+            if effect:
+                found.append(self._finding(word, events, effect))
+        return found
+
+    def _drawn(self) -> list[Finding]:
+        """Events that cannot be silenced: draws, reseeding, scripted dropout, private generators."""
+        found: list[Finding] = []
+        for word, events in self._by_use().items():
+            finding = self._draw_effect(word, events)
+            if finding:
+                found.append(finding)
+        if self.residue and not found and self.quiet.private != self.steady.private:
+            found.append(self._finding("random_noise", {}, self.residue, "a generator of the model's own"))
+        return found
+
+    def _by_use(self) -> dict[str, Events]:
+        groups: dict[str, Events] = {}
+        for key, events in self.added.items():
+            if key in self.silent or key.kind == "statistics":
+                continue
+            if key.kind != "draw" or isinstance(self.bench.module, _DropoutNd):
+                word = self.word(key)
+            elif all(e.scales and e.binary and per_sample(e.shape) for e in events):
+                word = "stochastic_depth"
+            elif all(e.scalar for e in events):
+                word = "coin"
+            else:
+                word = "random_noise"
+            groups.setdefault(word, {})[key] = events
+        return groups
+
+    def _draw_effect(self, word: str, events: Events) -> Finding | None:
+        keys = frozenset(events)
+        if any(key.kind != "draw" for key in keys) or word == "module_dropout":
+            return self._finding(word, events, self.residue) if self.residue else None
+        if all(event.scalar for group in events.values() for event in group):
+            for force in (0, 1):
+                forced = self.bench.variant(True, silent=self.silent, force=force, forced=keys)
+                change = differs(forced, self.quiet, exact=True)
+                if change:
+                    calls = forced.trace.calls
+                    skips = any(calls[path] < n for path, n in self.steady.trace.calls.items())
+                    if word == "coin":
+                        word = "stochastic_depth" if skips else "random_noise"
+                    finding = self._finding(word, events, change)
+                    finding.forced = force
+                    return finding
+            if word == "coin" and not any(event.shape for group in events.values() for event in group):
+                word = "random_noise"
+        for salt in _MORE_SALTS:
+            change = differs(self.bench.variant(True, silent=self.silent, salt=salt), self.quiet, exact=True)
+            if change:
+                return self._finding("random_noise" if word == "coin" else word, events, change)
+        if self.residue and word == "stochastic_depth":
+            return self._finding(word, events, self.residue)
+        return None
+
+    def _remainder(self, residue: Comparison) -> list[Finding]:
+        """A change that dropout, statistics and draws do not account for."""
+        unsilenced = {
+            key: events
+            for key, events in self.added.items()
+            if key.kind == "statistics"
+            and (
+                key not in self.silent
+                or any(e.key == key and not e.silenced for e in self.quiet.trace.events)
+            )
+        }
+        if unsilenced or isinstance(self.bench.module, (_BatchNorm, _InstanceNorm)):
+            return [self._finding("batch_statistics", unsilenced, residue)]
+        if differs(self.bench.variant(True, silent=self.silent), self.quiet, exact=False):
+            return [self._finding("random_noise", {}, residue, "draws from a source that was not seen")]
+        return [self._finding("branch", {}, residue)]
+
+    def _structure_alone(self) -> bool:
+        """Whether the output's structure differs, however the draws fall."""
+        keys = frozenset(self.added)
+        others = [self.bench.variant(True, silent=self.silent, force=force, forced=keys) for force in (0, 1)]
+        return all(compare(v.leaves, self.steady.leaves).structural for v in (self.quiet, *others))
+
+    def _unintercepted(self) -> list[Finding]:
+        """Code that interception of functions hides, such as fused fast paths."""
+        if any(event.active and event.kind != "statistics" for event in self.flipped.trace.events):
+            return []
+        on, off = self.bench.variant(True, functions=False), self.bench.variant(False, functions=False)
+        change = differs(on, off, exact=False)
+        if not change:
+            return []
+        finding = self._finding("branch", {}, change)
+        finding.plain = True
+        return [finding]
+
+    def _is_plain_layer(self) -> bool:
+        """A layer of torch.nn with one kind of event has nothing else behind its flag."""
+        module, kinds = self.bench.module, {key.kind for key in self.added}
+        if isinstance(module, _DropoutNd):
+            return bool(kinds) and "statistics" not in kinds
+        return (
+            len(kinds) == 1
+            and kinds <= _SILENCEABLE
+            and all(key.path == self.path for key in self.added)
+            and isinstance(module, (_BatchNorm, _InstanceNorm, nn.RNNBase, nn.MultiheadAttention))
+        )
+
+    def word(self, key: Key) -> str:
+        owner = self.added[key][0].module_type
+        if isinstance(self.bench.module, _DropoutNd) or issubclass(owner, _DropoutNd):
+            return "module_dropout"
+        return WORDS.get(key.kind, "random_noise")
+
+    def _finding(self, cause: str, events: Events, change: Comparison | None, detail: str = "") -> Finding:
+        if not detail and change and cause == "branch":
+            first = next((d for d in change.differences if d.kind != "roundoff"), None)
+            detail = f"output{first.path}: {first.kind} {first.detail}".strip() if first else ""
+        return Finding(
+            self.path, self.owners, cause, change.amount if change else 0.0, dict(events), detail=detail
+        )
+
+
+WORDS = {
+    "dropout": "functional_dropout",
+    "attention": "attention_dropout",
+    "statistics": "batch_statistics",
+}
+
+
+def per_sample(shape: tuple[int, ...]) -> bool:
+    """One value per sample, (B,) or (B, 1, ..., 1), or one for the batch."""
+    return all(n == 1 for n in shape[1:])
+
+
+def added_events(flipped: Trace, steady: Trace) -> Events:
+    """Active events of the first trace that the second does not have."""
+    before = steady.active()
+    return {
+        key: events[len(before.get(key, ())) :]
+        for key, events in flipped.active().items()
+        if len(events) > len(before.get(key, ()))
+    }
+
+
+def differs(a: Variant, b: Variant, exact: bool) -> Comparison | None:
+    """The comparison if the outputs differ, else None. exact: round-off counts as a difference."""
+    comparison = compare(a.leaves, b.leaves)
+    return comparison if (not comparison.same if exact else comparison.differs) else None

@@ -1,0 +1,111 @@
+"""Does a local effect reach the model's outputs? One site at a time is switched, everything else held fixed.
+
+All runs are seeded per event, so switching one site changes no other draw.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from modeprobe.probe.call import Call
+from modeprobe.probe.events import Key, Trace
+from modeprobe.probe.instrument import set_flag
+from modeprobe.probe.leaves import Comparison, compare, flatten
+from modeprobe.probe.local import Finding
+from modeprobe.probe.randomness import seed_everything
+from modeprobe.probe.trace import Control, Tracer
+from modeprobe.probe.workbench import Workbench
+
+_SALT = 11
+
+
+@dataclass
+class Outcome:
+    leaves: dict[str, Any]
+    trace: Trace
+
+
+class Reach:
+    """Runs of the whole model with single sites switched.
+
+    flags: the mode of every module after train() and after eval(), by path.
+    """
+
+    def __init__(
+        self, bench: Workbench, call: Call, flags: Mapping[bool, Mapping[str, bool]], draws: set[str]
+    ):
+        self.bench, self.call, self.flags, self.draws = bench, call, flags, draws
+        self._base: dict[tuple[bool, bool], Outcome] = {}
+
+    def run(
+        self, mode: bool, changed: Mapping[str, bool], control: Control | None = None, plain: bool = False
+    ) -> Outcome:
+        control = control or Control(_SALT)
+        control.draws = self.draws
+        with self.bench.fresh() as lent, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            lent.model.train(mode)
+            modules = dict(lent.model.named_modules())
+            for path, flag in changed.items():
+                set_flag(modules[path], flag)
+            seed_everything(_SALT)
+            tracer = Tracer(lent.model, Control() if plain else control, not plain, self.below and not plain)
+            try:
+                if plain:
+                    leaves = flatten(self.call(lent.model))
+                else:
+                    with tracer.active():
+                        leaves = flatten(self.call(lent.model))
+            except Exception as error:
+                leaves = {"": f"raised {type(error).__name__}: {error}"}
+                tracer.trace.error = error
+        return Outcome(leaves, tracer.trace)
+
+    def base(self, mode: bool, plain: bool = False) -> Outcome:
+        if (mode, plain) not in self._base:
+            self._base[mode, plain] = self.run(mode, {}, plain=plain)
+        return self._base[mode, plain]
+
+    def effect(self) -> Comparison:
+        """Train against eval with every event seeded by its call site."""
+        return compare(self.base(True).leaves, self.base(False).leaves)
+
+    def of(self, finding: Finding) -> Comparison | None:
+        """The change at the outputs that this finding makes, or None."""
+        owners = {path: self.flags[False][path] for path in finding.owners}
+        if finding.plain:
+            flipped = {path: self.flags[True][path] for path in finding.owners}
+            change = compare(self.run(False, flipped, plain=True).leaves, self.base(False, plain=True).leaves)
+            return change if change.differs else None
+        keys = frozenset(finding.events)
+        if finding.forced is not None:
+            without = self.run(True, {}, Control(_SALT, force=finding.forced, forced=keys))
+        elif finding.only_cause or not keys:
+            without = self.run(True, owners)
+        else:
+            without = self.run(True, {}, _switch(finding.events))
+        change = compare(without.leaves, self.base(True).leaves)
+        if not change.same:
+            return change
+        flipped = {path: self.flags[True][path] for path in finding.owners}
+        forced = Control(_SALT, force=finding.forced, forced=keys if finding.forced is not None else None)
+        change = compare(self.run(False, flipped, forced).leaves, self.base(False).leaves)
+        return None if change.same else change
+
+    def of_events(self, mode: bool, events: Mapping[Key, list]) -> Comparison | None:
+        """The change at the outputs when these call sites are silenced, or draw other values."""
+        change = compare(self.run(mode, {}, _switch(events)).leaves, self.base(mode).leaves)
+        return None if change.same else change
+
+    def of_draws(self, mode: bool, keys: frozenset[Key]) -> Comparison | None:
+        """The change at the outputs when these call sites draw other values."""
+        change = compare(self.run(mode, {}, Control(_SALT, resalt=keys)).leaves, self.base(mode).leaves)
+        return None if change.same else change
+
+
+def _switch(events: Mapping[Key, list]) -> Control:
+    drawn = frozenset(key for key in events if key.kind in ("draw", "reseed"))
+    return Control(_SALT, silent=frozenset(events) - drawn, resalt=drawn)

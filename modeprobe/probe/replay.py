@@ -1,0 +1,122 @@
+"""Local replay: one module, one captured input, one random state; only the mode it reads is flipped.
+
+The rest of the model is in eval mode, so that whatever changes is due to this module's own reading of the
+mode. Each event has its own seed (trace.Control), so that a draw in one mode cannot shift another draw.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from modeprobe.probe.events import Key, Trace
+from modeprobe.probe.instrument import flag_of, set_flag
+from modeprobe.probe.leaves import flatten
+from modeprobe.probe.randomness import (
+    RandomState,
+    generator_state,
+    preserved,
+    private_generators,
+    seed_everything,
+)
+from modeprobe.probe.state import Snapshot, reachable
+from modeprobe.probe.trace import Control, Tracer
+
+SALT = 7
+
+
+@dataclass
+class Variant:
+    """Output and events of one replay. private: which generators of the model's own were used."""
+
+    leaves: dict[str, Any]
+    trace: Trace
+    private: str
+
+
+@dataclass
+class Setting:
+    """What all replays of one pass share: the scratch model's eval flags by module, tensors that its forward
+    writes to (by id), names of functions found to draw, a counter of passes through the whole model, and
+    whether operators below Python are to be watched.
+    """
+
+    eval_flags: dict[nn.Module, bool]
+    mutable: set[int]
+    draws: set[str]
+    whole: Callable[[], None] = lambda: None
+    below: bool = False
+
+
+class ReplayBench:
+    """Runs variants of one module call on a scratch model and puts everything back after each."""
+
+    def __init__(
+        self,
+        tracer: Tracer,
+        module: nn.Module,
+        run: Callable[[], Any],
+        arguments: Any,
+        owners: dict[nn.Module, bool],
+        setting: Setting,
+    ) -> None:
+        self.tracer, self.module, self.run = tracer, module, run
+        self.owners, self.setting = owners, setting
+        roots = [module, arguments, *owners]
+        self.generators = private_generators(reachable(roots))
+
+        def keep(tensor: Tensor) -> bool:
+            return not isinstance(tensor, nn.Parameter) or id(tensor) in setting.mutable
+
+        self.snapshot = Snapshot(roots, keep)
+        self.state = RandomState()
+
+    def variant(
+        self,
+        flipped: bool,
+        *,
+        silent: frozenset[Key] = frozenset(),
+        salt: int = SALT,
+        force: int | None = None,
+        forced: frozenset[Key] | None = None,
+        functions: bool = True,
+    ) -> Variant:
+        """flipped: owners keep the mode they have in training; otherwise they are in eval mode."""
+        control = Control(salt if functions else None, silent, frozenset(), force, forced, self.setting.draws)
+        tracer = Tracer(
+            self.tracer.model, control, functions, below=functions and self.setting.below, like=self.tracer
+        )
+        if self.module is self.tracer.model:
+            self.setting.whole()
+        private = [generator_state(g) for g in self.generators]
+        with preserved(), self._flags(flipped):
+            self.state.restore()
+            if functions:
+                seed_everything(salt)
+            try:
+                with tracer.active():
+                    leaves = flatten(self.run())
+            except Exception as error:
+                leaves = {"": f"raised {type(error).__name__}: {error}"}
+                tracer.trace.error = error
+            moved = [a != generator_state(g) for a, g in zip(private, self.generators, strict=True)]
+            self.snapshot.restore()
+        return Variant(leaves, tracer.trace, str(moved))
+
+    @contextmanager
+    def _flags(self, flipped: bool) -> Iterator[None]:
+        saved = [(module, flag_of(module)) for module in self.setting.eval_flags]
+        owners = [(module, flag_of(module)) for module in self.owners]
+        for module, flag in self.setting.eval_flags.items():
+            set_flag(module, flag)
+        for module, flag in self.owners.items():
+            set_flag(module, flag if flipped else not flag)
+        try:
+            yield
+        finally:
+            for module, flag in saved + owners:
+                set_flag(module, flag)
