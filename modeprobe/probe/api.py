@@ -7,10 +7,13 @@ from typing import Any
 
 from torch import nn
 
-from modeprobe.probe.attribute import Attributor
+from modeprobe.probe.attribute import Attributor, Located
 from modeprobe.probe.call import Call
+from modeprobe.probe.generation import compare_generation
 from modeprobe.probe.judge import judge
-from modeprobe.probe.observe import SEEDS, observe
+from modeprobe.probe.leaves import Comparison
+from modeprobe.probe.observe import SEEDS, Observation, observe
+from modeprobe.probe.progress import Progress
 from modeprobe.probe.randomness import preserved
 from modeprobe.probe.report import Report
 from modeprobe.probe.workbench import Workbench
@@ -21,21 +24,69 @@ def probe(
     *args: Any,
     step: Callable[[nn.Module], Any] | None = None,
     gradients: bool = False,
+    generate: bool | None = None,
+    progress: bool | None = None,
     **kwargs: Any,
 ) -> Report:
-    """Measure what `model.train()` and `model.eval()` change for the given inputs."""
+    """Measure what `model.train()` and `model.eval()` change for the given inputs.
+
+    The model is run on deep copies (or on itself, with everything put back, where it cannot be copied), in
+    both modes at equal seeds, first without any instrumentation. What differs is then traced to modules and
+    source lines. The model, its buffers, flags, hooks and gradients, and all random states are afterwards
+    what they were before, also when the model raises.
+
+    Args:
+        model: any `torch.nn.Module`, in any mode, on any device.
+        *args, **kwargs: inputs, passed on as `model(*args, **kwargs)`. They are cloned for every run.
+        step: `step(model)` is run instead and its result taken as the output, for models that are not simply
+            called, or whose forward has an argument named like one of the options here.
+        gradients: also compare gradients with respect to the parameters, of the output named "loss" where
+            there is one, else of the sum of the floating outputs.
+        generate: compare greedy `model.generate(...)` in both modes; None does so where the model has such a
+            method and takes `input_ids`.
+        progress: show progress on standard error; None shows it once the probe has run for two seconds.
+
+    Returns:
+        A `Report`: `effect` ("none", "differs", or "unknown" when the model could not be run), `causes`,
+        `train_is_random`, `eval_is_random`, `sites`, `verdict` and more. `print(report)` to read it.
+
+    Raises:
+        TypeError: model is not a module, or neither inputs nor step fit it. Exceptions raised by the model
+            are not raised but reported in `report.failures`.
+    """
     if not isinstance(model, nn.Module):
         raise TypeError(f"probe(): model must be a torch.nn.Module, got {type(model).__name__}")
+    if step is not None and not callable(step):
+        raise TypeError(f"probe(): step must be callable as step(model), got {type(step).__name__}")
+    if step is not None and (args or kwargs):
+        raise TypeError("probe(): give either inputs or step, not both")
     call = Call(args, kwargs, step, gradients)
-    with preserved():
+    with preserved(), Progress(progress) as show:
         bench = Workbench(model)
-        seen = observe(bench, call)
+        seen = observe(bench, call, show)
         mutated = frozenset(name for run in seen.runs for name in run.mutated)
-        attributor = Attributor(bench, call, SEEDS[0], mutated)
+        attributor = Attributor(bench, call, SEEDS[0], mutated, show)
         attributor.trace()
-        findings, explained = attributor.replay()
-        budget = 25 + 2 * len(attributor.found.readers)
-        attributor.locate(findings, explained, budget, seen.is_random(False))
-        report = judge(model, seen, attributor.found)
+        _attribute(attributor, seen, call)
+        generation = compare_generation(bench, call, generate, show)
+        report = judge(bench, seen, attributor.found, generation)
     report.forwards = call.forwards
     return report
+
+
+def _attribute(attributor: Attributor, seen: Observation, call: Call) -> None:
+    findings, explained = attributor.replay()
+    budget = 20 + 2 * len(attributor.found.readers)
+    reach = attributor.locate(findings, explained, budget, seen.is_random(False))
+    found = attributor.found
+    if seen.effect is not None and not seen.is_reproducible(False):
+        # Equal seeds say nothing about a model that ignores them: take runs seeded call by call instead.
+        seen.effect = reach.effect()
+    reached = [item for item in found.located if item.change is not None]
+    if seen.effect is None or not seen.effect.differs or reached:
+        return
+    if found.located:
+        found.notes.append("effects were found at modules but not followed to the outputs")
+        found.located = [Located(item.finding, Comparison((), 0)) for item in found.located]
+    else:
+        found.located = [Located(finding, Comparison((), 0)) for finding in attributor.bisect()]

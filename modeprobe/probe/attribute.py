@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from modeprobe.probe.call import Call
 from modeprobe.probe.events import Trace
 from modeprobe.probe.instrument import flag_of
-from modeprobe.probe.leaves import Comparison
+from modeprobe.probe.leaves import Comparison, compare
 from modeprobe.probe.local import WORDS, Events, Finding, LocalJudge, added_events, per_sample
 from modeprobe.probe.randomness import seed_everything
 from modeprobe.probe.reach import Reach
@@ -24,6 +25,9 @@ from modeprobe.probe.trace import Control, Tracer, flags_of
 from modeprobe.probe.workbench import Workbench, named_tensors
 
 _CALLS_REPLAYED = 3
+# Of the sites with the same cause at the same line (repeated layers) this many are followed one by one.
+_ALIKE = 5
+_BISECTED = 300
 
 
 @dataclass
@@ -155,16 +159,74 @@ class Attributor:
             for key, events in group.items():
                 finding = Finding(key.path, frozenset(), word, 0.0, {key: events})
                 self.found.located.append(Located(finding, change))
+        alike: dict[tuple, list[Finding]] = {}
+        for finding in findings:
+            place = next((key.place for key in finding.events), None)
+            alike.setdefault((finding.cause, place, train.types.get(finding.path)), []).append(finding)
+        assumed = {id(f) for group in alike.values() for f in group[_ALIKE:-1]}
         for index, finding in enumerate(findings):
+            if id(finding) in assumed:
+                continue
             self.tick(f"following effects to the outputs ({index + 1} of {len(findings)})")
             if self.call.forwards >= budget:
                 self.found.notes.append("some local effects were not followed to the outputs (cost limit)")
-                self.found.located += [Located(f, Comparison((), 0)) for f in findings[index:]]
+                rest = [f for f in findings[index:] if id(f) not in assumed]
+                self.found.located += [Located(f, Comparison((), 0)) for f in rest]
                 break
             self.found.located.append(Located(finding, reach.of(finding)))
+        changes = {id(item.finding): item.change for item in self.found.located}
+        for group in alike.values():
+            reached = [changes[id(f)] for f in group if changes.get(id(f)) is not None]
+            for finding in group:
+                if id(finding) in assumed:
+                    self.found.located.append(Located(finding, reached[0] if reached else None))
+        order = {path: index for index, path in enumerate(train.calls)}
+        self.found.located.sort(key=lambda item: order.get(item.finding.path, -1))
         if eval_is_random:
             self._ungated(reach, budget)
         return reach
+
+    def bisect(self) -> list[Finding]:
+        """The smallest modules whose own train() and eval() change their output, when no read tells.
+
+        For a mode that is kept elsewhere than in `training`.
+        """
+        differing: dict[str, Comparison] = {}
+        with self.bench.fresh() as lent, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            lent.model.train()
+            paths = [path for path in self.found.traces[True].calls if "<" not in path]
+            setting = Setting(
+                {}, {id(t) for t in named_tensors(lent.model).values()}, self.draws, self.call.count
+            )
+
+            def visit(path: str, module: nn.Module, run: Callable[[], Any], arguments: Any) -> None:
+                del todo[path]
+                replay = ReplayBench(tracer, module, run, arguments, {}, setting)
+                change = compare(replay.toggled(True), replay.toggled(False))
+                if change.differs:
+                    differing[path] = change
+
+            todo = dict.fromkeys(paths[:_BISECTED], 1)
+            tracer = _ReplayTracer(lent.model, todo, visit)
+            seed_everything(self.seed)
+            with contextlib.suppress(Exception), tracer.active():
+                self.call(lent.model)
+        smallest = [
+            path
+            for path in differing
+            if not any(other.startswith(path + "." if path else "") for other in differing if other != path)
+        ]
+        return [
+            Finding(
+                path,
+                frozenset(),
+                "branch",
+                differing[path].amount,
+                detail="mode kept elsewhere than in .training",
+            )
+            for path in smallest
+        ]
 
     def _ungated(self, reach: Reach, budget: int) -> None:
         for key, events in self.found.traces[False].active().items():

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modeprobe.probe.leaves import children, clone_inputs
+from modeprobe.probe.leaves import children, clone_inputs, map_tensors
 
 
 @dataclass
@@ -32,11 +32,27 @@ class Call:
         self.forwards += 1
 
     def __call__(self, model: nn.Module) -> Any:
+        return self._run(model, *clone_inputs((self.args, dict(self.kwargs))))
+
+    def wide(self, model: nn.Module) -> Any:
+        """The same run in float64: model and floating inputs are converted."""
+        args, kwargs = map_tensors((self.args, dict(self.kwargs)), _widened)
+        default = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float64)
+        try:
+            return self._run(model.double(), args, kwargs)
+        finally:
+            torch.set_default_dtype(default)
+
+    def _run(self, model: nn.Module, args: tuple, kwargs: dict) -> Any:
         self.count()
-        args, kwargs = clone_inputs((self.args, dict(self.kwargs)))
         with torch.set_grad_enabled(self.grad_enabled or self.gradients):
             output = self.step(model) if self.step else model(*args, **kwargs)
             return (output, _gradients(model, output)) if self.gradients else output
+
+
+def _widened(tensor: Tensor) -> Tensor:
+    return tensor.detach().double() if tensor.is_floating_point() else tensor.detach().clone()
 
 
 def _gradients(model: nn.Module, output: Any) -> dict[str, Tensor | None]:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from modeprobe.probe.attribute import Attribution, Located
 from modeprobe.probe.events import Event, Key
+from modeprobe.probe.generation import Generation
 from modeprobe.probe.observe import Observation
 from modeprobe.probe.report import Failure, Idle, Mutation, Report, Site
+from modeprobe.probe.workbench import Workbench
 
 
-def judge(model: nn.Module, seen: Observation, found: Attribution) -> Report:
+def judge(bench: Workbench, seen: Observation, found: Attribution, generation: Generation | None) -> Report:
+    model = bench.model
     report = Report(type(model).__name__)
     if seen.effect is not None:
         report.effect = "differs" if seen.effect.differs else "none"

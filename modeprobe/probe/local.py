@@ -62,10 +62,7 @@ class LocalJudge:
         self.residue = differs(self.quiet, self.steady, exact=bool(self.added))
         found = self._silenceable(change) + self._drawn()
         if self.residue:
-            if not any(
-                f.cause in ("random_noise", "stochastic_depth") or f.events.keys() - self.silent
-                for f in found
-            ):
+            if not any(f.cause in _UNSILENCED or f.events.keys() - self.silent for f in found):
                 found += self._remainder(self.residue)
             elif self._structure_alone():
                 found.append(self._finding("branch", {}, self.residue))

@@ -56,7 +56,11 @@ class RandomState:
 
 
 def seed_everything(seed: int) -> None:
-    torch.manual_seed(seed)
+    # torch.manual_seed would queue a call, with a stack trace, for every device that is not yet in use.
+    torch.default_generator.manual_seed(seed)
+    device = _accelerator()
+    if device:
+        device.manual_seed_all(seed)
     random.seed(seed)
     numpy = sys.modules.get("numpy.random")
     if numpy:

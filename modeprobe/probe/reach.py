@@ -35,9 +35,14 @@ class Reach:
     """
 
     def __init__(
-        self, bench: Workbench, call: Call, flags: Mapping[bool, Mapping[str, bool]], draws: set[str]
-    ):
-        self.bench, self.call, self.flags, self.draws = bench, call, flags, draws
+        self,
+        bench: Workbench,
+        call: Call,
+        flags: Mapping[bool, Mapping[str, bool]],
+        draws: set[str],
+        below: bool,
+    ) -> None:
+        self.bench, self.call, self.flags, self.draws, self.below = bench, call, flags, draws, below
         self._base: dict[tuple[bool, bool], Outcome] = {}
 
     def run(

@@ -107,6 +107,21 @@ class ReplayBench:
             self.snapshot.restore()
         return Variant(leaves, tracer.trace, str(moved))
 
+    def toggled(self, mode: bool) -> dict[str, Any]:
+        """Output of an uninstrumented run after the module's own train(mode)."""
+        if self.module is self.tracer.model:
+            self.setting.whole()
+        with preserved():
+            self.state.restore()
+            try:
+                self.module.train(mode) if mode else self.module.eval()
+                with Tracer(self.tracer.model, functions=False, like=self.tracer).active():
+                    return flatten(self.run())
+            except Exception as error:
+                return {"": f"raised {type(error).__name__}: {error}"}
+            finally:
+                self.snapshot.restore()
+
     @contextmanager
     def _flags(self, flipped: bool) -> Iterator[None]:
         saved = [(module, flag_of(module)) for module in self.setting.eval_flags]

@@ -1,0 +1,374 @@
+"""Hand-made models, each with a twin that must not raise the same alarm."""
+
+import dataclasses
+import functools
+import random
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import modeprobe as mp
+
+pytestmark = pytest.mark.rung("reference")
+
+
+class Case(NamedTuple):
+    name: str
+    build: object
+    effect: str
+    causes: str = ""
+    random: str = ""  # "t": in training, "te": in both modes
+    inputs: object = lambda: (torch.randn(4, 6, 8),)
+    options: dict = {}
+
+
+class Run(nn.Module):
+    """A model whose forward is `function(self, x)`; modules as keyword arguments."""
+
+    def __init__(self, function, **modules):
+        super().__init__()
+        self.function = function
+        for name, module in modules.items():
+            setattr(self, name, module)
+
+    def forward(self, *inputs, **named):
+        return self.function(self, *inputs, **named)
+
+
+def run(function, **modules):
+    return lambda: Run(function, **modules)
+
+
+@torch.jit.script
+def scripted_dropout(x: torch.Tensor, p: float, training: bool) -> torch.Tensor:
+    return torch.nn.functional.dropout(x, p, training)
+
+
+class CapturedLambda(nn.Module):
+    def __init__(self, p):
+        super().__init__()
+        self.act = lambda x: F.dropout(x, p, self.training)
+
+    def forward(self, x):
+        return self.act(x)
+
+
+class CopiedFlag(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function, self.active = function, True
+
+    def train(self, mode=True):
+        self.active = mode
+        return super().train(mode)
+
+    def forward(self, x):
+        return self.function(x, self.active)
+
+
+class FrozenNorm(nn.Module):
+    def __init__(self, frozen):
+        super().__init__()
+        self.norm, self.frozen = nn.BatchNorm1d(6), frozen
+
+    def train(self, mode=True):
+        super().train(mode)
+        if self.frozen:
+            self.norm.eval()
+        return self
+
+    def forward(self, x):
+        return self.norm(x)
+
+
+class TrainReturnsNone(nn.Module):
+    def __init__(self, p):
+        super().__init__()
+        self.drop, self.cache = nn.Dropout(p), {"a": 1}
+
+    def train(self, mode=True):
+        super().train(mode)
+        self.cache.clear()
+
+    def forward(self, x):
+        return self.drop(x)
+
+
+class DropPath(nn.Module):
+    def __init__(self, p, batchwise=False):
+        super().__init__()
+        self.p, self.batchwise = p, batchwise
+
+    def forward(self, x):
+        if self.p == 0.0 or not self.training:
+            return x
+        keep = 1 - self.p
+        rows = 1 if self.batchwise else x.shape[0]
+        mask = keep + torch.rand((rows,) + (1,) * (x.ndim - 1))
+        return x.div(keep) * mask.floor_()
+
+
+def bernoulli_path(self, x):
+    branch = self.lin(x)
+    if self.training:
+        branch = branch * x.new_empty(x.shape[0], 1, 1).bernoulli_(0.7).div_(0.7)
+    return F.layer_norm(x + branch, x.shape[-1:])
+
+
+class LayerDrop(nn.Module):
+    def __init__(self, p, coin=lambda: torch.rand([])):
+        super().__init__()
+        self.layers, self.p, self.coin = nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8)]), p, coin
+
+    def forward(self, x):
+        for layer in self.layers:
+            if self.training and self.coin() < self.p:
+                continue
+            x = layer(x)
+        return x
+
+
+def accelerate_like(p):
+    model = nn.Sequential(nn.Linear(8, 8), nn.Dropout(p))
+    for module in model:
+        old = module.forward
+
+        def forward(module, old, *args, **kwargs):
+            return old(*(a.to("cpu") for a in args), **kwargs)
+
+        module.forward = functools.update_wrapper(functools.partial(forward, module, old), old)
+    model.register_forward_pre_hook(lambda module, args: tuple(a.clone() for a in args))
+    return model
+
+
+def quantised(p):
+    from torch.ao.quantization import quantize_dynamic
+
+    return quantize_dynamic(nn.Sequential(nn.Linear(8, 8), nn.Dropout(p)), {nn.Linear})
+
+
+class Rescaling(nn.Module):
+    """Rescales its weight in place on the first forward in eval mode."""
+
+    def __init__(self, factor):
+        super().__init__()
+        self.lin, self.factor, self.scaled = nn.Linear(8, 8), factor, False
+
+    def forward(self, x):
+        if not self.training and not self.scaled:
+            with torch.no_grad():
+                self.lin.weight.mul_(self.factor)
+            self.scaled = True
+        return self.lin(x)
+
+
+@dataclasses.dataclass
+class Output:
+    logits: torch.Tensor
+    extra: object = None
+
+
+class OwnGenerator(nn.Module):
+    def __init__(self, make, draw, always=False):
+        super().__init__()
+        self.generator, self.draw, self.always = make(), draw, always
+
+    def forward(self, x):
+        if self.training or self.always:
+            x = x + self.draw(self.generator)
+        return x
+
+
+def encoder(p):
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=p, batch_first=True)
+    return nn.TransformerEncoder(layer, 1)
+
+
+def padded():
+    mask = torch.zeros(4, 6, dtype=torch.bool)
+    mask[:, 4:] = True
+    return {"src_key_padding_mask": mask}
+
+
+def attention(p, weights):
+    return run(
+        lambda self, x: self.mha(x, x, x, need_weights=weights)[0],
+        mha=nn.MultiheadAttention(8, 2, dropout=p, batch_first=True),
+    )
+
+
+def sdpa(self, x, p):
+    return F.scaled_dot_product_attention(x, x, x, dropout_p=p)
+
+
+def gradient_noise(self, x):
+    """Same output, but noise in the gradient."""
+    y = self.lin(x)
+    if self.training:
+        noise = y * torch.randn_like(y)
+        y = y + (noise - noise.detach())
+    return y
+
+
+class MyDropout(nn.Dropout):
+    def forward(self, x):
+        return x * (torch.rand_like(x) > self.p) if self.training else x
+
+
+M, FD, A, S, N, B, BR = (
+    "module_dropout",
+    "functional_dropout",
+    "attention_dropout",
+    "stochastic_depth",
+    "random_noise",
+    "batch_statistics",
+    "branch",
+)
+IMAGE = lambda: (torch.randn(4, 3, 5, 5),)  # noqa: E731
+ROWS = lambda: (torch.randn(8, 6),)  # noqa: E731
+
+CASES = [
+    Case("F.dropout with its default", run(lambda s, x: F.dropout(x, 0.5)), "none", "", "te"),
+    Case("F.dropout gated", run(lambda s, x: F.dropout(x, 0.5, s.training)), "differs", FD, "t"),
+    Case("F.dropout gated, p=0", run(lambda s, x: F.dropout(x, 0.0, s.training)), "none"),
+    Case("SDPA ungated", run(lambda s, x: sdpa(s, x, 0.3)), "none", "", "te"),
+    Case("SDPA gated", run(lambda s, x: sdpa(s, x, 0.3 * s.training)), "differs", A, "t"),
+    Case("LSTM", lambda: nn.LSTM(8, 8, 2, dropout=0.5), "differs", FD, "t"),
+    Case("LSTM, p=0", lambda: nn.LSTM(8, 8, 2), "none"),
+    Case("GRU", lambda: nn.GRU(8, 8, 2, dropout=0.5), "differs", FD, "t"),
+    Case("GRU, p=0", lambda: nn.GRU(8, 8, 2), "none"),
+    Case("dropout in a lambda", lambda: CapturedLambda(0.5), "differs", FD, "t"),
+    Case("dropout in a lambda, p=0", lambda: CapturedLambda(0.0), "none"),
+    Case("scripted function", run(lambda s, x: scripted_dropout(x, 0.5, s.training)), "differs", FD, "t"),
+    Case("scripted function, off", run(lambda s, x: scripted_dropout(x, 0.5, False)), "none"),
+    Case("scripted function, ungated", run(lambda s, x: scripted_dropout(x, 0.5, True)), "none", "", "te"),
+    Case("scripted model", lambda: torch.jit.script(nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5))),
+         "differs", "functional_dropout|module_dropout", "t"),
+    Case("scripted model, p=0", lambda: torch.jit.script(nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.0))), "none"),
+    Case("built inside forward", run(lambda s, x: nn.Dropout(0.5)(x)), "none", "", "te"),
+    Case("built inside forward, gated", run(lambda s, x: nn.Dropout(0.5).train(s.training)(x)), "differs", M, "t"),
+    Case("plain list", run(lambda s, x: s.held[0](x), held=[nn.Dropout(0.5)]), "none", "", "te"),
+    Case("module list", run(lambda s, x: s.held[0](x), held=nn.ModuleList([nn.Dropout(0.5)])), "differs", M, "t"),
+    Case("flag copied", lambda: CopiedFlag(lambda x, on: F.dropout(x, 0.5, on)), "differs", FD, "t"),
+    Case("flag copied, p=0", lambda: CopiedFlag(lambda x, on: F.dropout(x, 0.0, on)), "none"),
+    Case("flag copied, branch", lambda: CopiedFlag(lambda x, on: x * 2 if on else x), "differs", BR),
+    Case("flag copied, same branches", lambda: CopiedFlag(lambda x, on: x if on else x.clone()), "none"),
+    Case("BatchNorm frozen", lambda: FrozenNorm(True), "none"),
+    Case("BatchNorm", lambda: FrozenNorm(False), "differs", B),
+    Case("BatchNorm without statistics", lambda: nn.BatchNorm1d(6, track_running_stats=False), "none"),
+    Case("F.batch_norm in both modes", run(lambda s, x: F.batch_norm(x, None, None, training=True)), "none"),
+    Case("InstanceNorm tracked", lambda: nn.InstanceNorm1d(6, track_running_stats=True), "differs", B),
+    Case("InstanceNorm", lambda: nn.InstanceNorm1d(6), "none"),
+    Case("shared", run(lambda s, x: s.a(x) + s.b(s.a(x)), **dict.fromkeys("ab", nn.Dropout(0.5))), "differs", M, "t"),
+    Case("shared, p=0", run(lambda s, x: s.a(x) + s.b(x), **dict.fromkeys("ab", nn.Dropout(0.0))), "none"),
+    Case("train() returns None", lambda: TrainReturnsNone(0.5), "differs", M, "t"),
+    Case("train() returns None, p=0", lambda: TrainReturnsNone(0.0), "none"),
+    Case("torch.seed() inside", run(lambda s, x: (torch.seed(), x + torch.randn(8))[1]), "none", "", "te"),
+    Case("manual_seed inside", run(lambda s, x: (torch.manual_seed(3), x + torch.randn(8))[1]), "none"),
+    Case("numpy noise", run(lambda s, x: x + float(np.random.rand()) * s.training), "differs", N, "t"),
+    Case("numpy noise in both", run(lambda s, x: x + float(np.random.rand())), "none", "", "te"),
+    Case("python noise", run(lambda s, x: x + random.gauss(0, 1) * s.training), "differs", N, "t"),
+    Case("python draw unused", run(lambda s, x: (s.training and random.random(), x)[1]), "none"),
+    Case("noise in both", run(lambda s, x: x + torch.randn_like(x)), "none", "", "te"),
+    Case("Gaussian noise", run(lambda s, x: x + torch.randn_like(x) if s.training else x), "differs", N, "t"),
+    Case("Gaussian noise unused", run(lambda s, x: (s.training and torch.randn_like(x), x)[1]), "none"),
+    Case("hand-written mask", run(lambda s, x: x * (torch.rand_like(x) > 0.5) if s.training else x), "differs", N, "t"),
+    Case("compiled", lambda: torch.compile(nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5)), backend="eager"),
+         "differs", M, "t"),
+    Case("compiled, p=0", lambda: torch.compile(nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.0)), backend="eager"),
+         "none"),
+    Case("quantised", lambda: quantised(0.5), "differs", M, "t", inputs=lambda: (torch.randn(4, 8),)),
+    Case("quantised, p=0", lambda: quantised(0.0), "none", inputs=lambda: (torch.randn(4, 8),)),
+    Case("meta", lambda: nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5)).to("meta"), "differs", M, "t",
+         inputs=lambda: (torch.randn(4, 8, device="meta"),)),
+    Case("meta, p=0", lambda: nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.0)).to("meta"), "none",
+         inputs=lambda: (torch.randn(4, 8, device="meta"),)),
+    Case("hooked", lambda: accelerate_like(0.5), "differs", M, "t"),
+    Case("hooked, p=0", lambda: accelerate_like(0.0), "none"),
+    Case("aliasing input", run(lambda s, x: (x, x[0])), "none"),
+    Case("writing to its input", run(lambda s, x: x.mul_(2)), "none"),
+    Case("aliasing input, gated", run(lambda s, x: x.mul_(2) if s.training else x), "differs", BR),
+    Case("NaN in both", run(lambda s, x: x / 0 * 0), "none"),
+    Case("NaN in training", run(lambda s, x: x / 0 * 0 if s.training else x), "differs", BR),
+    Case("fast path with padding", lambda: encoder(0.0), "differs", BR,
+         inputs=lambda: ((torch.randn(4, 6, 8),), padded())),
+    Case("fast path without padding", lambda: encoder(0.0), "none"),
+    Case("encoder with dropout", lambda: encoder(0.3), "differs", f"{M} {A}", "t"),
+    Case("weights rescaled", lambda: Rescaling(0.5), "differs", BR),
+    Case("weights rescaled by one", lambda: Rescaling(1.0), "none"),
+    Case("spectral norm", lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(8, 8)), "differs", BR),
+    Case("weight norm", lambda: nn.utils.parametrizations.weight_norm(nn.Linear(8, 8)), "none"),
+    Case("DropPath", run(lambda s, x: x + s.path(s.lin(x)), lin=nn.Linear(8, 8), path=DropPath(0.3)), "differs", S, "t"),
+    Case("DropPath, p=0", run(lambda s, x: x + s.path(x), path=DropPath(0.0)), "none"),
+    Case("DropPath per batch", lambda: DropPath(0.3, True), "differs", S, "t"),
+    Case("bernoulli path in a block", run(bernoulli_path, lin=nn.Linear(8, 8)), "differs", S, "t"),
+    Case("noise per sample", run(lambda s, x: x + torch.randn(4, 1, 1) if s.training else x), "differs", N, "t"),
+    Case("LayerDrop", lambda: LayerDrop(0.5), "differs", S, "t"),
+    Case("LayerDrop, rare", lambda: LayerDrop(0.001), "differs", S, "t"),
+    Case("LayerDrop, p=0", lambda: LayerDrop(0.0), "none"),
+    Case("LayerDrop by python", lambda: LayerDrop(0.5, random.random), "differs", S, "t"),
+    Case("LayerDrop by python, p=0", lambda: LayerDrop(0.0, random.random), "none"),
+    Case("LayerDrop by numpy", lambda: LayerDrop(0.5, lambda: np.random.uniform(0, 1)), "differs", S, "t"),
+    Case("random flip", run(lambda s, x: x.flip(-1) if s.training and torch.rand(1) < 0.5 else x), "differs", N, "t"),
+    Case("dropout that reaches no output", run(lambda s, x: (s.d(x), x)[1], d=nn.Dropout(0.5)), "none"),
+    Case("functional dropout that reaches no output", run(lambda s, x: (F.dropout(x, 0.5, s.training), x)[1]), "none"),
+    Case("ungated dropout that reaches no output", run(lambda s, x: (F.dropout(x, 0.5), x)[1]), "none"),
+    Case("branch", run(lambda s, x: x * 2 if s.training else x), "differs", BR),
+    Case("branch without effect", run(lambda s, x: x.clone() if s.training else x), "none"),
+    Case("rounding only", run(lambda s, x: (x / 3 * 3) if s.training else x * 1.0), "none"),
+    Case("structure", run(lambda s, x: (x, x.sum()) if s.training else x), "differs", BR),
+    Case("structure in a dataclass", run(lambda s, x: Output(x, None if s.training else x)), "differs", BR),
+    Case("dataclass", run(lambda s, x: Output(x, {"a": [x, None]})), "none"),
+    Case("cache only in eval", run(lambda s, x: {"out": x, "cache": None if s.training else (x,)}), "differs", BR),
+    Case("dropout and structure", run(lambda s, x: (F.dropout(x, 0.5, s.training), None if s.training else x)),
+         "differs", f"{FD} {BR}", "t"),
+    Case("parent reads child's mode", run(lambda s, x: x * 2 if s.lin.training else x, lin=nn.Linear(8, 8)),
+         "differs", BR),
+    Case("attention with weights", attention(0.3, True), "differs", FD, "t"),
+    Case("attention without weights", attention(0.3, False), "differs", A, "t"),
+    Case("attention, p=0", attention(0.0, True), "none"),
+    Case("RReLU", nn.RReLU, "differs", N, "t"),
+    Case("LeakyReLU", nn.LeakyReLU, "none"),
+    Case("gumbel softmax", run(lambda s, x: F.gumbel_softmax(x) if s.training else F.softmax(x, -1)), "differs", N, "t"),
+    Case("AlphaDropout", nn.AlphaDropout, "differs", M, "t"),
+    Case("Dropout2d", nn.Dropout2d, "differs", M, "t", inputs=IMAGE),
+    Case("Dropout p=1", lambda: nn.Dropout(1.0), "differs", M),
+    Case("Dropout in place", lambda: nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5, inplace=True)), "differs", M, "t"),
+    Case("subclass of Dropout", lambda: MyDropout(0.5), "differs", M, "t"),
+    Case("label dropping", run(lambda s, x: torch.where(torch.rand(4) < 0.5, 0, torch.arange(4)) if s.training
+                               else torch.arange(4)), "differs", N, "t"),
+    Case("own torch generator", lambda: OwnGenerator(torch.Generator, lambda g: torch.randn(8, generator=g)),
+         "differs", N, "t"),
+    Case("own numpy generator", lambda: OwnGenerator(np.random.default_rng, lambda g: float(g.normal())),
+         "differs", N, "t"),
+    Case("own numpy generator in both",
+         lambda: OwnGenerator(np.random.default_rng, lambda g: float(g.normal()), always=True), "none", "", "te"),
+    Case("norm and dropout", lambda: nn.Sequential(nn.BatchNorm1d(6), nn.Dropout(0.5)), "differs", f"{B} {M}", "t"),
+    Case("checkpointed", run(lambda s, x: torch.utils.checkpoint.checkpoint(s.net, x, use_reentrant=False),
+                             net=nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5))), "differs", M, "t"),
+    Case("gradients differ", run(gradient_noise, lin=nn.Linear(8, 8)), "differs", N, "t", options={"gradients": True}),
+    Case("gradients not asked for", run(gradient_noise, lin=nn.Linear(8, 8)), "none"),
+    Case("differentiates inside", run(lambda s, x: torch.autograd.grad(s.lin(x).sum(), s.lin.weight)[0],
+                                      lin=nn.Linear(8, 8)), "none"),
+    Case("BatchNorm in 2-D", lambda: nn.BatchNorm1d(6), "differs", B, inputs=ROWS),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_case(case):
+    model = case.build()
+    inputs = case.inputs()
+    args, kwargs = inputs if isinstance(inputs[-1], dict) else (inputs, {})
+    report = mp.probe(model, *args, **kwargs, **case.options)
+    answer = (report.effect, report.train_is_random, report.eval_is_random)
+    assert answer == (case.effect, "t" in case.random, "e" in case.random), str(report)
+    if "|" in case.causes:
+        assert set(report.causes) <= set(case.causes.split("|"))
+        assert report.causes
+    else:
+        assert report.causes == set(case.causes.split()), str(report)
+    assert not report.failures
