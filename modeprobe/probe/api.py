@@ -75,6 +75,9 @@ def probe(
 
 
 def _attribute(attributor: Attributor, seen: Observation, call: Call) -> None:
+    if seen.without_values:
+        attributor.locate_without_values()
+        return
     findings, explained = attributor.replay()
     budget = 20 + 2 * len(attributor.found.readers)
     reach = attributor.locate(findings, explained, budget, seen.is_random(False))
@@ -83,6 +86,11 @@ def _attribute(attributor: Attributor, seen: Observation, call: Call) -> None:
         # Equal seeds say nothing about a model that ignores them: take runs seeded call by call instead.
         seen.effect = reach.effect()
     reached = [item for item in found.located if item.change is not None]
+    solid = [item for item in reached if not item.finding.tiny]
+    if solid:
+        found.located = [item for item in found.located if not item.finding.tiny]
+    if any(item.finding.forced is not None for item in reached):
+        seen.rare = True
     if seen.effect is None or not seen.effect.differs or reached:
         return
     if found.located:

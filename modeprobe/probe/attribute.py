@@ -124,13 +124,21 @@ class Attributor:
             )
             lent.model.train()
 
+            reads = self.found.traces[True].reads
+            places = {read.path: read.place for read in reversed(list(reads)) if read.path is not None}
+
             def visit(path: str, module: nn.Module, run: Callable[[], Any], arguments: Any) -> None:
                 owners = self.found.readers[path]
                 self.tick(f"replaying modules that read their mode ({total - len(todo) + 1} of {total})")
                 flags = {modules[owner]: flag_of(modules[owner]) for owner in owners}
                 judge = LocalJudge(ReplayBench(tracer, module, run, arguments, flags, setting), path, owners)
                 local = judge.findings()
-                explained.update(judge.added)
+                # A gradient may differ where no output does: then the whole model has to tell.
+                for finding in local:
+                    finding.place = places.get(path)
+                explained.update(k for f in local for k in f.events)
+                if not self.call.gradients:
+                    explained.update(judge.added)
                 findings.extend(local)
                 todo[path] -= 1
                 if local or not todo[path]:
@@ -175,9 +183,9 @@ class Attributor:
                 break
             self.found.located.append(Located(finding, reach.of(finding)))
         changes = {id(item.finding): item.change for item in self.found.located}
-        for group in alike.values():
-            reached = [changes[id(f)] for f in group if changes.get(id(f)) is not None]
-            for finding in group:
+        for members in alike.values():
+            reached = [changes[id(f)] for f in members if changes.get(id(f)) is not None]
+            for finding in members:
                 if id(finding) in assumed:
                     self.found.located.append(Located(finding, reached[0] if reached else None))
         order = {path: index for index, path in enumerate(train.calls)}
@@ -185,6 +193,17 @@ class Attributor:
         if eval_is_random:
             self._ungated(reach, budget)
         return reach
+
+    def locate_without_values(self) -> None:
+        """Sites by what is called, where there are no values to compare."""
+        train, evaluation = self.found.traces[True], self.found.traces[False]
+        for key, events in added_events(train, evaluation).items():
+            finding = Finding(key.path, frozenset(), _word_without_reader(events[0]), 0.0, {key: events})
+            self.found.located.append(Located(finding, Comparison((), 0)))
+        self.found.ungated = {
+            k: e for k, e in evaluation.active().items() if k.kind not in ("statistics", "reseed")
+        }
+        self.found.notes.append("meta tensors have no values: judged by the calls made, not by their effect")
 
     def bisect(self) -> list[Finding]:
         """The smallest modules whose own train() and eval() change their output, when no read tells.

@@ -149,10 +149,10 @@ def classify(name: str, args: tuple, kwargs: dict) -> tuple[str, bool, float | N
         p = float(argument(args, kwargs, 4, ("dropout_p",), 0.0))
         return "attention", p > 0, p
     if name == "multi_head_attention_forward":
-        p = float(argument(args, kwargs, 9, ("dropout_p",), 0.0))
-        active = p > 0 and bool(argument(args, kwargs, 12, ("training",), True))
+        p = float(argument(args, kwargs, 10, ("dropout_p",), 0.0))
+        active = p > 0 and bool(argument(args, kwargs, 13, ("training",), True))
         # Without weights to return, torch calls scaled_dot_product_attention; else F.dropout on the weights.
-        weights = argument(args, kwargs, 14, ("need_weights",), True)
+        weights = argument(args, kwargs, 15, ("need_weights",), True)
         return "dropout" if weights else "attention", active, p
     if name == "batch_norm":
         return "statistics", bool(argument(args, kwargs, 5, ("training",), False)), None

@@ -43,7 +43,8 @@ def compare_generation(
     ):
         return None
     tick("comparing generated text")
-    outputs, traces = [], []
+    outputs: list[dict[str, Any]] = []
+    traces: list[Tracer] = []
     for mode in (True, False):
         try:
             leaves, tracer = _generate(bench, call, mode)
@@ -53,7 +54,7 @@ def compare_generation(
             return Generation(False if outputs else None, text) if not mode else Generation(None, text)
         outputs.append(leaves)
         traces.append(tracer)
-    comparison = compare(*outputs)
+    comparison = compare(outputs[0], outputs[1])
     if not comparison.differs:
         return Generation(True)
     return Generation(False, comparison.differences[0].path, _checkpointing(traces[0]))

@@ -9,13 +9,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from modeprobe.probe.events import Event, Key, Trace
+from modeprobe.probe.events import Event, Key, Place, Trace
 from modeprobe.probe.leaves import Comparison, compare
 from modeprobe.probe.replay import SALT, ReplayBench, Variant
 
 _SILENCEABLE = frozenset({"dropout", "attention", "statistics"})
 _UNSILENCED = frozenset({"random_noise", "stochastic_depth"})
-_MORE_SALTS = range(SALT + 1, SALT + 5)
+_MORE_SALTS = range(SALT + 1, SALT + 9)
 
 Events = dict[Key, list[Event]]
 
@@ -26,6 +26,7 @@ class Finding:
 
     events: the calls behind it by call site (none for a branch). plain: visible only without interception.
     forced: a scalar draw had to be set to its lowest (0) or highest (1) value to see it.
+    varies: other draws gave another output. tiny: the change is within what rounding may do.
     """
 
     path: str
@@ -36,7 +37,10 @@ class Finding:
     plain: bool = False
     forced: int | None = None
     detail: str = ""
+    place: Place | None = None
     only_cause: bool = True
+    varies: bool = False
+    tiny: bool = False
 
 
 class LocalJudge:
@@ -53,13 +57,14 @@ class LocalJudge:
         )
 
     def findings(self) -> list[Finding]:
-        change = differs(self.flipped, self.steady, exact=bool(self.added))
+        change = differs(self.flipped, self.steady, exact=True)
         if change and self._is_plain_layer():
             return [self._finding(self.word(next(iter(self.added))), self.added, change)]
-        if not change and not self.added:
-            return self._unintercepted() if self.flipped.private == self.steady.private else []
+        self.unseen = tuple(s for s in self.flipped.unseen if s not in self.steady.unseen)
+        if not change and not self.added and not self.unseen:
+            return self._unintercepted()
         self.quiet = self.bench.variant(True, silent=self.silent) if self.silent else self.flipped
-        self.residue = differs(self.quiet, self.steady, exact=bool(self.added))
+        self.residue = differs(self.quiet, self.steady, exact=True)
         found = self._silenceable(change) + self._drawn()
         if self.residue:
             if not any(f.cause in _UNSILENCED or f.events.keys() - self.silent for f in found):
@@ -92,9 +97,22 @@ class LocalJudge:
             finding = self._draw_effect(word, events)
             if finding:
                 found.append(finding)
-        if self.residue and not found and self.quiet.private != self.steady.private:
-            found.append(self._finding("random_noise", {}, self.residue, "a generator of the model's own"))
+        if self.unseen and not found:
+            found += self._unseen_draws()
         return found
+
+    def _unseen_draws(self) -> list[Finding]:
+        variants = [self.quiet, *(self.bench.variant(True, silent=self.silent, salt=s) for s in _MORE_SALTS)]
+        changes = [differs(v, self.steady, exact=True) for v in variants]
+        change = next((c for c in changes if c), None)
+        if change is None:
+            return []
+        calls = self.steady.trace.calls
+        skips = any(v.trace.calls[path] < n for v in variants for path, n in calls.items())
+        word = "stochastic_depth" if skips else "random_noise"
+        finding = self._finding(word, {}, change, f"draws from {', '.join(self.unseen)}")
+        finding.varies = any(differs(v, self.quiet, exact=True) for v in variants[1:])
+        return [finding]
 
     def _by_use(self) -> dict[str, Events]:
         groups: dict[str, Events] = {}
@@ -126,14 +144,16 @@ class LocalJudge:
                     if word == "coin":
                         word = "stochastic_depth" if skips else "random_noise"
                     finding = self._finding(word, events, change)
-                    finding.forced = force
+                    finding.forced, finding.varies = force, True
                     return finding
             if word == "coin" and not any(event.shape for group in events.values() for event in group):
                 word = "random_noise"
         for salt in _MORE_SALTS:
             change = differs(self.bench.variant(True, silent=self.silent, salt=salt), self.quiet, exact=True)
             if change:
-                return self._finding("random_noise" if word == "coin" else word, events, change)
+                finding = self._finding("random_noise" if word == "coin" else word, events, change)
+                finding.varies = True
+                return finding
         if self.residue and word == "stochastic_depth":
             return self._finding(word, events, self.residue)
         return None
@@ -151,8 +171,11 @@ class LocalJudge:
         }
         if unsilenced or isinstance(self.bench.module, (_BatchNorm, _InstanceNorm)):
             return [self._finding("batch_statistics", unsilenced, residue)]
-        if differs(self.bench.variant(True, silent=self.silent), self.quiet, exact=False):
-            return [self._finding("random_noise", {}, residue, "draws from a source that was not seen")]
+        salt = _MORE_SALTS[0]
+        varied = differs(self.bench.variant(True, silent=self.silent, salt=salt), self.quiet, exact=False)
+        if varied and not differs(self.bench.variant(False, salt=salt), self.steady, exact=False):
+            drawn = {k: e for k, e in self.flipped.trace.active().items() if k.kind == "draw"}
+            return [self._finding("random_noise", drawn, residue, "draws whose use depends on the mode")]
         return [self._finding("branch", {}, residue)]
 
     def _structure_alone(self) -> bool:

@@ -6,6 +6,8 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import torch
+
 from modeprobe.probe.call import Call, Run
 from modeprobe.probe.leaves import Comparison, compare, flatten
 from modeprobe.probe.randomness import (
@@ -26,6 +28,7 @@ class Observation:
     """Runs and what their comparison says.
 
     effect: train against eval at equal seeds, the largest difference over the seeds.
+    rare: an effect too rare for these seeds was found by setting a coin.
     by_seed: for each mode, one seed against another; repeated: for each mode, one seed against itself.
     """
 
@@ -33,9 +36,16 @@ class Observation:
     effect: Comparison | None = None
     by_seed: dict[bool, Comparison] = field(default_factory=dict)
     repeated: dict[bool, Comparison] = field(default_factory=dict)
+    rare: bool = False
 
     def first(self, mode: bool) -> Run | None:
         return next((run for run in self.runs if run.mode is mode), None)
+
+    @property
+    def without_values(self) -> bool:
+        """Whether outputs are on the meta device, with shapes only."""
+        leaves = next((run.leaves for run in self.runs if run.leaves), {})
+        return any(isinstance(leaf, torch.Tensor) and leaf.is_meta for leaf in leaves.values())
 
     def is_random(self, mode: bool) -> bool:
         by_seed, repeated = self.by_seed.get(mode), self.repeated.get(mode)
@@ -120,7 +130,7 @@ _SUSPECT = 1e-3
 
 
 def _in_float64(bench: Workbench, call: Call) -> Comparison | None:
-    """Train against eval in float64, where rounding shrinks and a real difference does not; None if impossible."""
+    """Train against eval in float64, where rounding shrinks and a real difference does not."""
     if bench.strategy != "copy":
         return None
     runs = [run_once(bench, call, mode, SEEDS[0], wide=True) for mode in (True, False)]

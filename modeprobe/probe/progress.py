@@ -11,7 +11,7 @@ _PATIENCE = 2.0  # seconds
 
 
 class Progress:
-    """Call with a text to show what is being done. show: True at once, False never, None when it takes long."""
+    """Call with what is being done. show: True at once, False never, None after two seconds."""
 
     def __init__(self, show: bool | None) -> None:
         self.show = show

@@ -21,6 +21,7 @@ from modeprobe.probe.randomness import (
     generator_state,
     preserved,
     private_generators,
+    reseed_generator,
     seed_everything,
 )
 from modeprobe.probe.state import Snapshot, reachable
@@ -31,11 +32,15 @@ SALT = 7
 
 @dataclass
 class Variant:
-    """Output and events of one replay. private: which generators of the model's own were used."""
+    """Output and events of one replay.
+
+    unseen: random streams that moved without an event: generators of the model's own, functions captured
+    before they could be intercepted.
+    """
 
     leaves: dict[str, Any]
     trace: Trace
-    private: str
+    unseen: tuple[str, ...]
 
 
 @dataclass
@@ -95,17 +100,25 @@ class ReplayBench:
         private = [generator_state(g) for g in self.generators]
         with preserved(), self._flags(flipped):
             self.state.restore()
+            start = None
             if functions:
                 seed_everything(salt)
+                for generator in self.generators if salt != SALT else ():
+                    reseed_generator(generator, salt)
+                private = [generator_state(g) for g in self.generators]
+                start = RandomState()
             try:
                 with tracer.active():
                     leaves = flatten(self.run())
             except Exception as error:
                 leaves = {"": f"raised {type(error).__name__}: {error}"}
                 tracer.trace.error = error
-            moved = [a != generator_state(g) for a, g in zip(private, self.generators, strict=True)]
+            pairs = zip(private, self.generators, strict=True)
+            unseen = ["the model's own generator" for before, g in pairs if before != generator_state(g)]
+            if start is not None:
+                unseen += start.moved()
             self.snapshot.restore()
-        return Variant(leaves, tracer.trace, str(moved))
+        return Variant(leaves, tracer.trace, tuple(unseen))
 
     def toggled(self, mode: bool) -> dict[str, Any]:
         """Output of an uninstrumented run after the module's own train(mode)."""

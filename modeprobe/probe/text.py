@@ -1,13 +1,154 @@
-"""A report as plain text."""
+"""A report for terminals and files: plain text, rich, Markdown."""
 
 from __future__ import annotations
 
-from modeprobe.probe.report import Report
+import io
+import os
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+from modeprobe.probe.report import Report, Site
+
+COLOURS = {
+    "module_dropout": "dark_orange",
+    "functional_dropout": "yellow",
+    "attention_dropout": "magenta",
+    "stochastic_depth": "cyan",
+    "random_noise": "red",
+    "batch_statistics": "blue",
+    "branch": "green",
+    "opaque": "white",
+}
+_LIMIT = 40
 
 
-def to_text(report: Report) -> str:
-    lines = [report.verdict]
-    for site in report.sites:
-        p = "" if site.p is None else f" p={site.p:g}"
-        lines.append(f"  {site.path or '(root)'}: {site.what}{p} [{site.cause}] {site.file}:{site.line}")
-    return "\n".join(lines)
+def place(file: str, line: int) -> str:
+    """`file:line` as short as it can be said: relative to the working directory or to the import path."""
+    if not file:
+        return ""
+    roots = sorted({os.getcwd(), *filter(None, sys.path)}, key=len, reverse=True)
+    for root in roots:
+        prefix = root.rstrip(os.sep) + os.sep
+        if file.startswith(prefix):
+            return f"{file[len(prefix) :]}:{line}"
+    return f"{file}:{line}"
+
+
+def percent(value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{100 * value:.2g} %" if value < 1e3 else "large"
+
+
+def facts(report: Report) -> list[str]:
+    """Short statements beside the sites, most telling first."""
+    lines = []
+    if report.main_output_same:
+        names = _some(d.path or "(output)" for d in report.output_differences)
+        lines.append(f"the main output is the same in both modes; what differs: {names}")
+    structural = [d for d in report.output_differences if d.kind not in ("value", "roundoff")]
+    if structural:
+        lines.append(
+            f"output structure: {_some(f'{d.path} {d.kind} {d.detail}'.strip() for d in structural)}"
+        )
+    if report.train_is_random and not report.train_is_reproducible:
+        lines.append("train mode cannot be reproduced under a fixed seed")
+    if report.eval_is_random and not report.eval_is_reproducible:
+        lines.append("eval mode cannot be reproduced under a fixed seed")
+    foreign = [stream for stream in report.random_streams if stream != "torch"]
+    if foreign:
+        lines.append(f"random streams in use beside torch's: {', '.join(foreign)}")
+    if report.generation_same is True:
+        lines.append("generate(): greedy text is the same in both modes")
+    elif report.generation_same is False:
+        where = f" ({_some(place(*_split(c)) for c in report.checkpointing)})" if report.checkpointing else ""
+        lines.append(f"generate(): greedy text differs between the modes{where}")
+    elif report.generation_detail:
+        lines.append(report.generation_detail)
+    if report.mixed:
+        lines.append(f"mixed modes as given, train() or eval() would undo them: {_some(report.mixed)}")
+    lines += [
+        f"{when} changes {_some(m.name for m in report.mutations if m.when == when)}"
+        for when in dict.fromkeys(m.when for m in report.mutations)
+    ]
+    for why in dict.fromkeys(i.why for i in report.idle):
+        same = [i for i in report.idle if i.why == why]
+        lines.append(f"idle dropout, {why}: {len(same)} ({_some(i.path for i in same)})")
+    for source in dict.fromkeys(b.source for b in report.batch_norms):
+        norms = [b for b in report.batch_norms if b.source == source]
+        lines.append(f"batch norm in eval mode uses {source}: {len(norms)} ({_some(b.path for b in norms)})")
+    lines += [f"{f.mode} mode, {f.phase}: {f.error}" for f in report.failures]
+    return lines + report.notes
+
+
+def _split(text: str) -> tuple[str, int]:
+    file, _, line = text.rpartition(":")
+    return file, int(line)
+
+
+def _some(items: Iterable[str], limit: int = 3) -> str:
+    listed = [item or "(root)" for item in items]
+    more = f" and {len(listed) - limit} more" if len(listed) > limit else ""
+    return ", ".join(listed[:limit]) + more
+
+
+def columns(site: Site) -> tuple[str, ...]:
+    p = "" if site.p is None else f"{site.p:g}"
+    cause = site.cause or "ungated: on in eval mode too"
+    return (site.path or "(root)", site.what, p, cause, place(site.file, site.line), percent(site.reach))
+
+
+HEADINGS = ("module", "what", "p", "cause", "where", "effect on output")
+
+
+def to_rich(report: Report) -> Any:
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    tone = {0: "bold green", 1: "bold yellow", 2: "bold red", 3: "bold red"}[report.exit_code]
+    rows: list[Any] = [Text(report.verdict, style=tone)]
+    sites = report.sites + report.ungated
+    if sites:
+        table = Table(box=None, pad_edge=False, header_style="dim")
+        for heading in HEADINGS:
+            table.add_column(heading, justify="right" if heading in ("p", "effect on output") else "left",
+                             overflow="fold")  # fmt: skip
+        for site in sites[:_LIMIT]:
+            cells = columns(site)
+            style = COLOURS.get(site.cause, "red")
+            table.add_row(*(Text(cell, style=style if i == 3 else "") for i, cell in enumerate(cells)))
+        rows += [Text(""), table]
+        if len(sites) > _LIMIT:
+            rows.append(Text(f"... and {len(sites) - _LIMIT} more (to_json() has all)", style="dim"))
+    lines = facts(report)
+    if lines:
+        rows.append(Text(""))
+        rows += [Text(f"- {line}", style="dim") for line in lines]
+    chance = f"train {'random' if report.train_is_random else 'deterministic'}, eval "
+    chance += "random" if report.eval_is_random else "deterministic"
+    rows.append(Text(f"\n{report.model}: {chance}; {report.forwards} forward passes", style="dim"))
+    return Group(*rows)
+
+
+def to_text(report: Report, width: int = 118) -> str:
+    from rich.console import Console
+
+    buffer = io.StringIO()
+    Console(file=buffer, width=width, color_system=None, force_terminal=False).print(to_rich(report))
+    return "\n".join(line.rstrip() for line in buffer.getvalue().rstrip().splitlines())
+
+
+def to_markdown(report: Report) -> str:
+    def cell(text: str) -> str:
+        return text.replace("|", "\\|").replace("<", "&lt;")
+
+    lines = [f"**{cell(report.verdict)}**", ""]
+    sites = report.sites + report.ungated
+    if sites:
+        lines += [f"| {' | '.join(HEADINGS)} |", "|---|---|--:|---|---|--:|"]
+        lines += [f"| {' | '.join(cell(c) for c in columns(site))} |" for site in sites]
+        lines.append("")
+    lines += [f"- {cell(line)}" for line in facts(report)]
+    return "\n".join(lines).rstrip() + "\n"

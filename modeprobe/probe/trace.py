@@ -99,7 +99,9 @@ class Tracer:
             self._foreign: list[nn.Module] = []
             self.stack: list[nn.Module] = []
         else:
-            self.paths, self._names, self._foreign = like.paths, like._names, like._foreign
+            # Copies: modules built inside a forward get the same names in every run.
+            self.paths, self._names = dict(like.paths), Counter(like._names)
+            self._foreign = list(like._foreign)
             self.stack = list(like.stack)
 
     def path(self, module: nn.Module) -> str:
@@ -310,26 +312,26 @@ class _Operators(TorchDispatchMode):
         super().__init__()
         self.tracer = tracer
         self.previous = ""
-        self.pending: Event | None = None
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         tracer = self.tracer
         name = func.__name__.split(".")[0]
         hidden = not tracer.in_event
-        if self.pending is not None:
-            # at::dropout without autograd kernels: empty_like, bernoulli_(1 - p), div_(1 - p), multiply.
-            if hidden and name == "div_" and self.pending.key.name == "bernoulli_":
-                self.pending.key = self.pending.key._replace(kind="dropout", name="dropout")
-            self.pending = None
-        result = func(*args, **(kwargs or {}))
+        tracer.in_event += 1  # the operator itself passes through the function mode
+        try:
+            result = func(*args, **(kwargs or {}))
+        finally:
+            tracer.in_event -= 1
         if hidden:
             if name in ("native_dropout", "_fused_dropout"):
                 self._hidden("dropout", "dropout", float(args[1]), args)
             elif torch.Tag.nondeterministic_seeded in func.tags:
-                drawn = self._hidden("draw", name, None, (result,))
-                if name == "bernoulli_" and self.previous.startswith("empty") and len(args) > 1:
-                    drawn.p = 1 - float(args[1]) if isinstance(args[1], (int, float)) else None
-                    self.pending = drawn
+                # at::dropout below Python: empty_like, bernoulli_(1 - p), div_(1 - p), multiply.
+                keep = args[1] if len(args) > 1 else 0.5
+                if name == "bernoulli_" and self.previous.startswith("empty") and isinstance(keep, float):
+                    self._hidden("dropout", "dropout", 1 - keep, args)
+                else:
+                    self._hidden("draw", name, None, (result,))
             elif "batch_norm" in name and "backward" not in name and len(args) > 5 and args[5] is True:
                 self._hidden("statistics", "batch_norm", None, args)
         self.previous = name
@@ -361,7 +363,7 @@ def _silenced(func: Any, name: str, kind: str, args: tuple, kwargs: dict) -> tup
     elif name == "scaled_dot_product_attention":
         put(4, ("dropout_p",), 0.0)
     elif name == "multi_head_attention_forward":
-        put(9, ("dropout_p",), 0.0)
+        put(10, ("dropout_p",), 0.0)
     elif kind == "dropout":
         put(2, ("training", "train"), False)
     elif kind == "statistics":

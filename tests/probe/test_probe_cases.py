@@ -1,4 +1,5 @@
 """Hand-made models, each with a twin that must not raise the same alarm."""
+# ruff: noqa: E501, NPY002 - one case per line; the legacy numpy generator is what is tested
 
 import dataclasses
 import functools
@@ -23,7 +24,7 @@ class Case(NamedTuple):
     causes: str = ""
     random: str = ""  # "t": in training, "te": in both modes
     inputs: object = lambda: (torch.randn(4, 6, 8),)
-    options: dict = {}
+    options: tuple = ()
 
 
 class Run(nn.Module):
@@ -247,7 +248,7 @@ CASES = [
     Case("scripted function, off", run(lambda s, x: scripted_dropout(x, 0.5, False)), "none"),
     Case("scripted function, ungated", run(lambda s, x: scripted_dropout(x, 0.5, True)), "none", "", "te"),
     Case("scripted model", lambda: torch.jit.script(nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5))),
-         "differs", "functional_dropout|module_dropout", "t"),
+         "differs", "functional_dropout", "t"),
     Case("scripted model, p=0", lambda: torch.jit.script(nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.0))), "none"),
     Case("built inside forward", run(lambda s, x: nn.Dropout(0.5)(x)), "none", "", "te"),
     Case("built inside forward, gated", run(lambda s, x: nn.Dropout(0.5).train(s.training)(x)), "differs", M, "t"),
@@ -350,7 +351,7 @@ CASES = [
     Case("norm and dropout", lambda: nn.Sequential(nn.BatchNorm1d(6), nn.Dropout(0.5)), "differs", f"{B} {M}", "t"),
     Case("checkpointed", run(lambda s, x: torch.utils.checkpoint.checkpoint(s.net, x, use_reentrant=False),
                              net=nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5))), "differs", M, "t"),
-    Case("gradients differ", run(gradient_noise, lin=nn.Linear(8, 8)), "differs", N, "t", options={"gradients": True}),
+    Case("gradients differ", run(gradient_noise, lin=nn.Linear(8, 8)), "differs", N, "t", options=(("gradients", True),)),
     Case("gradients not asked for", run(gradient_noise, lin=nn.Linear(8, 8)), "none"),
     Case("differentiates inside", run(lambda s, x: torch.autograd.grad(s.lin(x).sum(), s.lin.weight)[0],
                                       lin=nn.Linear(8, 8)), "none"),
@@ -363,12 +364,8 @@ def test_case(case):
     model = case.build()
     inputs = case.inputs()
     args, kwargs = inputs if isinstance(inputs[-1], dict) else (inputs, {})
-    report = mp.probe(model, *args, **kwargs, **case.options)
+    report = mp.probe(model, *args, **kwargs, **dict(case.options))
     answer = (report.effect, report.train_is_random, report.eval_is_random)
     assert answer == (case.effect, "t" in case.random, "e" in case.random), str(report)
-    if "|" in case.causes:
-        assert set(report.causes) <= set(case.causes.split("|"))
-        assert report.causes
-    else:
-        assert report.causes == set(case.causes.split()), str(report)
+    assert report.causes == set(case.causes.split()), str(report)
     assert not report.failures
