@@ -63,7 +63,7 @@ def test_figures_by_hand():
         near(row.kl_max, kl.max(), rtol=1e-4, atol=0)
         near(row.size, (shift.square() + ratio.square() / 2).mean().sqrt(), rtol=1e-5, atol=0)
         assert row.worst[0] == int(kl.argmax())
-        assert row.source == "moving average, momentum 0.1"
+        assert row.source == "moving average, 0.1"
         assert (row.updates, row.calls, row.values) == (13, 13, 416)
         near(row.initial_weight, 0.9**13)
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in before.items())
@@ -179,12 +179,12 @@ def test_initial_value_and_sources():
     for batch in data[:5]:
         model(batch)
     rows = drift(model, data).layers
-    assert [row.source.split(" (")[0] for row in rows] == [
-        "moving average, momentum 0.1",
+    assert [row.source.split(":")[0] for row in rows] == [
+        "moving average, 0.1",
         "cumulative",
         "batch",
         "frozen",
-        "moving average, momentum 0.01",
+        "moving average, 0.01",
     ]
     near(rows[0].initial_weight, 0.9**5)
     assert rows[0].cause == "initial value"

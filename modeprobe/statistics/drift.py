@@ -153,13 +153,13 @@ def _layer(i: int, layer: Layer, trace: Trace, sizes: list[int], tolerance: floa
     if not layer.has_buffers:
         row.source = "batch"
     elif layer.frozen:
-        row.source = f"frozen ({layer.frozen})"
+        row.source = f"frozen: {layer.frozen}"
     elif row.updates == 0:
         row.source = "never updated"
     elif layer.momentum is None:
         row.source = "cumulative"
     else:
-        row.source = f"moving average, momentum {layer.momentum:g}"
+        row.source = f"moving average, {layer.momentum:g}"
     if not calls:
         row.cause = "not reached"
         return row

@@ -147,7 +147,7 @@ class Change:
     decisions: float | None = None
 
     def __str__(self) -> str:
-        text = f"{self.relative:.1%}" if self.relative == self.relative else "to NaN or Inf"
+        text = f"{self.relative:.1%}" if self.relative == self.relative else "NaN"
         return text if self.decisions is None else f"{text} ({self.decisions:.1%} of decisions)"
 
 
@@ -191,10 +191,14 @@ class DriftReport:
             return f"{count} fit the data (size <= {self.tolerance:g})."
         worst = self.off[0]
         causes = ", ".join(sorted({layer.cause for layer in self.off}))
+        if worst.nonfinite_buffers:
+            how = "holds NaN or Inf"
+        else:
+            shift, ratio = number(worst.mean_shift, 2), number(worst.log_variance_ratio, 2)
+            how = f"has its mean off by {shift} std, log variance by {ratio}"
         text = (
             f"{len(self.off)} of {len(tracked)} BatchNorm layers' running statistics do not fit the data "
-            f"({causes}); worst is {worst.name or 'the model'}: mean off by {number(worst.mean_shift, 2)} "
-            f"std, log variance by {number(worst.log_variance_ratio, 2)}."
+            f"({causes}); worst is {worst.name or 'the model'}, which {how}."
         )
         if self.effect is not None:
             text += f" Full-pass statistics change the outputs by {self.effect.running_vs_full}"
@@ -245,3 +249,15 @@ class DriftReport:
 
     def to_json(self) -> str:
         return json.dumps(plain({"verdict": self.verdict, **asdict(self)}), indent=2)
+
+    def chart(self) -> str:
+        """Mean shift and log variance ratio of every layer, as SVG text."""
+        from modeprobe.statistics.chart import drift_chart
+
+        return drift_chart(self)
+
+    def to_html(self) -> str:
+        """One page with verdict, chart and tables; it loads nothing."""
+        from modeprobe.statistics.page import drift_page
+
+        return drift_page(self)

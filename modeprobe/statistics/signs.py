@@ -99,7 +99,7 @@ def _values(layers: list[LayerDrift]) -> list[str]:
     signs = []
     for layer in layers:
         if layer.nonfinite_buffers:
-            signs.append(f"{layer.name}: {layer.nonfinite_buffers} values of its buffers are NaN or Inf.")
+            signs.append(f"{layer.name}: its buffers hold NaN or Inf ({layer.nonfinite_buffers} values).")
         if layer.nonfinite_batches:
             signs.append(
                 f"{layer.name}: {layer.nonfinite_batches} batches gave NaN or Inf and were left out."
