@@ -1,6 +1,6 @@
 """Five ways to spoil BatchNorm's running statistics, what `drift` says and what `recalibrate` does about it.
 
-A small convolutional network learns scikit-learn's handwritten digits. Its last epoch is run once as it should
+A small network learns scikit-learn's handwritten digits. Its last epoch is run once as it should
 be and once with each fault; the weights are nearly the same, only the statistics differ. Every fault is then
 looked at and repaired with the very loader that it came with: still sorted, still in tiny batches, still with
 the NaN batch in it. torch's own `update_bn` gets the same loader.
@@ -30,20 +30,17 @@ Batches = list[tuple[Tensor, Tensor]]
 
 
 class Network(nn.Module):
-    """Three convolutions with BatchNorm for (N, 1, 8, 8) images; `checkpointed` recomputes the second block."""
+    """Three hidden layers with BatchNorm for (N, 64) images; `checkpointed` recomputes the second."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.block1 = self._block(1, 16, 1)
-        self.block2 = self._block(16, 32, 1)
-        self.block3 = self._block(32, 64, 2)
-        self.head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.1), nn.Linear(64, 10))
+        self.block1, self.block2, self.block3 = self._block(64, 96), self._block(96, 96), self._block(96, 64)
+        self.head = nn.Linear(64, 10)
         self.checkpointed = False
 
     @staticmethod
-    def _block(inputs: int, outputs: int, stride: int) -> nn.Sequential:
-        convolution = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
-        return nn.Sequential(convolution, nn.BatchNorm2d(outputs), nn.ReLU())
+    def _block(inputs: int, outputs: int) -> nn.Sequential:
+        return nn.Sequential(nn.Linear(inputs, outputs, bias=False), nn.BatchNorm1d(outputs), nn.ReLU())
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.block1(x)
@@ -52,11 +49,11 @@ class Network(nn.Module):
 
 
 def digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Images (N, 1, 8, 8) in [0, 1] and labels, to train and to test."""
+    """Images (N, 64) in [0, 1] and labels, to train and to test."""
     from sklearn.datasets import load_digits
 
     data = load_digits()
-    images = torch.tensor(data.images, dtype=torch.float32).unsqueeze(1) / 16
+    images = torch.tensor(data.data, dtype=torch.float32) / 16
     labels = torch.tensor(data.target)
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     images, labels = images[order], labels[order]
@@ -71,7 +68,7 @@ def shuffled(images: Tensor, labels: Tensor, size: int, seed: int) -> Batches:
 
 def sorted_by_class(images: Tensor, labels: Tensor) -> Batches:
     order = labels.argsort(stable=True)
-    return [(images[part], labels[part]) for part in order.split(64) if len(part) > 1]
+    return [(images[part], labels[part]) for part in order.split(16) if len(part) > 1]
 
 
 def large_last_batch(images: Tensor, labels: Tensor) -> Batches:
@@ -123,9 +120,10 @@ class Row:
     report: mp.statistics.DriftReport
 
 
-def run(epochs: int = 6, last_rate: float = 1e-3) -> list[Row]:
+def run(epochs: int = 6, last_rate: float = 5e-4) -> list[Row]:
     """The clean row first. Accuracies are of the test set, in evaluation mode."""
     images, labels, *test = digits()
+    torch.set_num_threads(1)  # the network is too small to share
     torch.manual_seed(0)
     model = Network()
     steps = (epochs - 1) * len(shuffled(images, labels, 64, 0))
@@ -137,7 +135,7 @@ def run(epochs: int = 6, last_rate: float = 1e-3) -> list[Row]:
     faults = {
         "none": clean,
         "sorted by class": sorted_by_class(images, labels),
-        "batches of 2": shuffled(images, labels, 2, seed=1),
+        "batches of 4": shuffled(images, labels, 4, seed=1),
         "large last batch": large_last_batch(images, labels),
         "NaN batch": poisoned(images, labels, float("nan")),
         "batch times 1000": poisoned(images, labels, 1000.0),
