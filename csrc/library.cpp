@@ -111,6 +111,8 @@ STABLE_TORCH_LIBRARY(modeprobe, m) {
   // The pieces, for statistics shared between processes and for recalibration.
   // moments: acc (2 * C + 2), (mean, M2, n mod 2^24, n div 2^24), M2 = sum((x - mean)^2); n = 0 gives zeros.
   m.def("batch_norm_moments(Tensor input) -> Tensor");
+  // The same in float64 for any input: pooling many batches keeps the digits that a float32 mean has lost.
+  m.def("batch_norm_moments_double(Tensor input) -> Tensor");
   // moments (K, 2 * C + 2) merged in order; buffers as in batch_norm_train. variance is biased; count (1).
   m.def(
       "batch_norm_merge(Tensor moments, Tensor(a!)? running_mean, Tensor(b!)? running_var, "

@@ -173,12 +173,14 @@ def explanation(row: Row) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--html", type=Path, metavar="D", help="folder for one drift report per fault")
     folder = parser.parse_args().html
     rows = run()
-    head = f"{'last epoch':18} {'moving average':>14} {'update_bn':>10} {'recalibrate':>12} {'layerwise':>10}   drift says"
-    print(head)
+    head = ("last epoch", "moving average", "update_bn", "recalibrate", "layerwise", "drift says")
+    print("{:18} {:>14} {:>10} {:>12} {:>10}   {}".format(*head))
     for row in rows:
         values = (row.moving, row.update_bn, row.one_pass, row.layerwise)
         cells = [f"{value:{width}.1%}" for value, width in zip(values, (14, 10, 12, 10), strict=True)]

@@ -15,19 +15,29 @@ if TYPE_CHECKING:
     from modeprobe import mask as mask
     from modeprobe import nn as nn
     from modeprobe.info import info as info
+    from modeprobe.nn import commit_statistics as commit_statistics
+    from modeprobe.nn import discard_statistics as discard_statistics
+    from modeprobe.nn import set_statistics as set_statistics
     from modeprobe.probe.api import probe as probe
-    from modeprobe.statistics import drift as drift
-    from modeprobe.statistics import recalibrate as recalibrate
+    from modeprobe.statistics import batch_statistics as batch_statistics
+    from modeprobe.statistics.drift import drift as drift
+    from modeprobe.statistics import frozen_statistics as frozen_statistics
+    from modeprobe.statistics.recalibrate import recalibrate as recalibrate
     from modeprobe.swap import restore as restore
     from modeprobe.swap import swap as swap
 
 # Loaded where first used: `import modeprobe` stays as cheap as `import torch`.
 _LAZY: dict[str, str] = {
+    "batch_statistics": "modeprobe.statistics",
+    "commit_statistics": "modeprobe.nn",
+    "discard_statistics": "modeprobe.nn",
     "drift": "modeprobe.statistics",
+    "frozen_statistics": "modeprobe.statistics",
     "info": "modeprobe.info",
     "probe": "modeprobe.probe",
     "recalibrate": "modeprobe.statistics",
     "restore": "modeprobe.swap",
+    "set_statistics": "modeprobe.nn",
     "swap": "modeprobe.swap",
 }
 

@@ -272,25 +272,29 @@ Output batch_norm_eval(const Tensor& input_in, const Tensor& mean, const Tensor&
   return {output, statistics, sign_bits};
 }
 
-Tensor batch_norm_moments(const Tensor& input_in) {
+Tensor moments_as(const Tensor& input_in, ScalarType out_type) {
   const Geometry g = geometry_of(input_in);
   const View& v = g.view;
-  const ScalarType type = input_in.scalar_type();
   const Tensor input = in_layout(input_in, g, "input");
-  Tensor out = empty_vector(2 * v.c + 2, accumulate_type(type));
-  with_type(type, [&]<class T>(T, const KernelTable<T>& kernels) {
-    using A = acc_t<T>;
-    A* to = mutable_data<A>(out);
-    std::fill(to, to + 2 * v.c + 2, A(0));
+  std::vector<double> all(2 * v.c + 2, 0.0);
+  with_type(input_in.scalar_type(), [&]<class T>(T, const KernelTable<T>& kernels) {
     if (v.numel() == 0) return;
     ForwardJob<T> job(kernels, v);
     job.args.input = data<T>(input);
     job.run(true, false);
-    for (int64_t c = 0; c < 2 * v.c; ++c) to[c] = A(job.moments.get()[c]);
-    split_count<A>(v.per_channel(), to + 2 * v.c, to + 2 * v.c + 1);
+    std::copy(job.moments.get(), job.moments.get() + 2 * v.c, all.data());
+    split_count<double>(v.per_channel(), all.data() + 2 * v.c, all.data() + 2 * v.c + 1);
   });
+  Tensor out = empty_vector(2 * v.c + 2, out_type);
+  write_channels(out, 2 * v.c + 2, all.data());
   return out;
 }
+
+Tensor batch_norm_moments(const Tensor& input) {
+  return moments_as(input, accumulate_type(input.scalar_type()));
+}
+
+Tensor batch_norm_moments_double(const Tensor& input) { return moments_as(input, ScalarType::Double); }
 
 Output batch_norm_merge(const Tensor& moments, const MaybeTensor& running_mean,
                         const MaybeTensor& running_var, const MaybeTensor& num_batches_tracked,
@@ -339,5 +343,6 @@ STABLE_TORCH_LIBRARY_IMPL(modeprobe, CPU, m) {
   m.impl("batch_norm_train", TORCH_BOX(&modeprobe::cpu::batch_norm_train));
   m.impl("batch_norm_eval", TORCH_BOX(&modeprobe::cpu::batch_norm_eval));
   m.impl("batch_norm_moments", TORCH_BOX(&modeprobe::cpu::batch_norm_moments));
+  m.impl("batch_norm_moments_double", TORCH_BOX(&modeprobe::cpu::batch_norm_moments_double));
   m.impl("batch_norm_merge", TORCH_BOX(&modeprobe::cpu::batch_norm_merge));
 }

@@ -10,6 +10,7 @@ from modeprobe.nn.dropout import (
     DropPath,
     FeatureAlphaDropout,
 )
+from modeprobe.nn.policy import commit_statistics, discard_statistics, set_statistics
 
 __all__ = [
     "AlphaDropout",
@@ -22,4 +23,7 @@ __all__ = [
     "Dropout2d",
     "Dropout3d",
     "FeatureAlphaDropout",
+    "commit_statistics",
+    "discard_statistics",
+    "set_statistics",
 ]

@@ -142,6 +142,10 @@ if _extension.loaded():
     def _(input):
         return input.new_empty((2 * input.shape[1] + 2,), dtype=accumulate_dtype(input))
 
+    @torch.library.register_fake("modeprobe::batch_norm_moments_double")
+    def _(input):
+        return input.new_empty((2 * input.shape[1] + 2,), dtype=torch.float64)
+
     @torch.library.register_fake("modeprobe::batch_norm_merge")
     def _(moments, running_mean, running_var, num_batches_tracked, skipped_batches, momentum):
         channels = (moments.shape[1] - 2) // 2

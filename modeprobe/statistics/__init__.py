@@ -1,5 +1,6 @@
 """Where BatchNorm's running statistics come from, how far off they are, and exact ones instead."""
 
+from modeprobe.statistics.contexts import batch_statistics, frozen_statistics
 from modeprobe.statistics.drift import drift
 from modeprobe.statistics.recalibrate import recalibrate
 from modeprobe.statistics.report import (
@@ -18,6 +19,8 @@ __all__ = [
     "LayerDrift",
     "RecalibratedLayer",
     "RecalibrationReport",
+    "batch_statistics",
     "drift",
+    "frozen_statistics",
     "recalibrate",
 ]

@@ -37,14 +37,12 @@ def drift_chart(report: DriftReport) -> str:
     height = TOP + 2 * PANEL + GAP + 24 + 4 * longest
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" role="img" '
-        f'aria-label="Mean shift and log variance ratio per BatchNorm layer" font-family="system-ui, sans-serif" '
-        f'font-size="11" fill="{INK}">'
+        'aria-label="Mean shift and log variance ratio per BatchNorm layer" '
+        f'font-family="system-ui, sans-serif" font-size="11" fill="{INK}">'
     ]
     parts += _panel("mean shift (standard deviations)", layers, "shift", TOP, report.tolerance)
     below = TOP + PANEL + GAP
-    parts += _panel(
-        "log of running variance / variance", layers, "ratio", below, 2**0.5 * report.tolerance
-    )
+    parts += _panel("log of running variance / variance", layers, "ratio", below, 2**0.5 * report.tolerance)
     for number, layer in enumerate(layers):
         if len(layers) > 40 and number % (len(layers) // 20):
             continue
@@ -75,20 +73,18 @@ def _panel(title: str, layers: list[LayerDrift], what: str, top: float, toleranc
         f'<rect x="{LEFT}" y="{y(tolerance):.1f}" width="{right - LEFT}" '
         f'height="{y(-tolerance) - y(tolerance):.1f}" fill="#eef2ff"/>',
     ]
-    for tick in TICKS:
-        for value in {tick, -tick}:
-            if abs(value) <= limit:
-                parts.append(
-                    f'<line x1="{LEFT}" x2="{right}" y1="{y(value):.1f}" y2="{y(value):.1f}" stroke="{GRID}"/>'
-                    f'<text x="{LEFT - 8}" y="{y(value) + 4:.1f}" text-anchor="end" fill="{QUIET}">{value:g}</text>'
-                )
+    ticks = sorted({sign * tick for tick in TICKS for sign in (-1, 1) if tick <= limit})
+    for value in ticks:
+        height = y(value)
+        parts += [
+            f'<line x1="{LEFT}" x2="{right}" y1="{height:.1f}" y2="{height:.1f}" stroke="{GRID}"/>',
+            f'<text x="{LEFT - 8}" y="{height + 4:.1f}" text-anchor="end" fill="{QUIET}">{value:g}</text>',
+        ]
     width = min(18.0, (right - LEFT) / max(len(layers), 1) * 0.6)
     for number, (layer, box) in enumerate(zip(layers, boxes, strict=True)):
         x, colour = _x(number, len(layers)), FITS if layer.cause == "fits" else OFF
         if box is None:
-            parts.append(
-                f'<text x="{x:.1f}" y="{y(0) - 4:.1f}" text-anchor="middle" fill="{OFF}">NaN</text>'
-            )
+            parts.append(f'<text x="{x:.1f}" y="{y(0) - 4:.1f}" text-anchor="middle" fill="{OFF}">NaN</text>')
             continue
         low, first, middle, third, high = map(y, box)
         tip = f"{layer.name}: {box[0]:.3g} to {box[4]:.3g}, median {box[2]:.3g}; {layer.cause}"

@@ -26,11 +26,11 @@ def _flags(model: nn.Module, training: bool, track: bool | None) -> Iterator[Non
 
 def frozen_statistics(model: nn.Module):
     """Inside the block every BatchNorm layer of `model`, torch's or modeprobe's, normalises with its running
-    statistics and does not update them, whatever `train()` says; dropout and the rest keep their modes, and
-    weights still get gradients. Layers without running statistics have only the batch's, as ever.
+    statistics and does not update them, in training too; dropout and the rest keep their modes, and weights
+    still get gradients. Layers without running statistics have only the batch's, as ever.
 
-    The layers' `training` flags are false inside; calling `model.train()` there undoes the freeze. On leaving,
-    flags are as they were on entering.
+    The layers' `training` flags are false inside; calling `model.train()` there undoes the freeze. On
+    leaving, flags are as they were on entering.
     """
     return _flags(model, False, None)
 

@@ -7,10 +7,14 @@ variances" (1979). The result does not depend on how the values were cut into ba
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from modeprobe.ops import backend
+from modeprobe.ops.batch_norm import operators
 
 
 class Moments(NamedTuple):
@@ -39,14 +43,19 @@ def channel_view(values: Tensor, x: Tensor) -> Tensor:
 def batch_moments(x: Tensor) -> tuple[int, Tensor, Tensor]:
     """Values per channel, mean and M2 of one activation `x` (N, C, ...), any floating dtype and layout.
 
-    Deviations are taken from the channel means, so that |mean| / std up to 1e4 in float32 costs no digits:
-    mean and M2 come back in float64 (float32 on devices without it).
+    In float64 (float32 on devices without it), from deviations and never from E[x^2] - E[x]^2, so that
+    |mean| / std up to 1e4 costs no digits. One read of `x` by modeprobe's kernel where there is one for it,
+    else three by torch.
     """
     n = x.numel() // x.size(1) if x.numel() else 0
     dtype = accumulator_dtype(x.device)
     if n == 0:
         zero = torch.zeros(x.size(1), dtype=dtype, device=x.device)
         return 0, zero, zero
+    fast = _kernel(x)
+    if fast is not None:
+        found = fast(x).to(dtype)
+        return n, found[: x.size(1)], found[x.size(1) : 2 * x.size(1)]
     dims = [0, *range(2, x.dim())]
     work = torch.float64 if x.dtype == torch.float64 else torch.float32
     shift = x.mean(dims, dtype=work)
@@ -58,6 +67,17 @@ def batch_moments(x: Tensor) -> tuple[int, Tensor, Tensor]:
         mean = deviation.mean(dims)
         m2 = (deviation - channel_view(mean, x)).square_().sum(dims).to(dtype)
     return n, mean.to(dtype) + shift.to(dtype), m2
+
+
+def _kernel(x: Tensor) -> Callable[[Tensor], Tensor] | None:
+    """The kernel for this input on the backend in force; None if there is none, or if it gives the mean
+    of float32 values in float32, whose rounding between batches would show in the pooled variance."""
+    name = backend.resolve(x.device.type)
+    if name == "native" and x.device.type == "cpu":
+        return torch.ops.modeprobe.batch_norm_moments_double
+    if name != "reference" and x.dtype in (torch.float16, torch.bfloat16):
+        return operators(name).batch_norm_moments
+    return None
 
 
 def merge(a: Moments, b: Moments) -> Moments:
