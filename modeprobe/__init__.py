@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from modeprobe.nn import set_statistics as set_statistics
     from modeprobe.probe.api import probe as probe
     from modeprobe.statistics import batch_statistics as batch_statistics
-    from modeprobe.statistics.drift import drift as drift
     from modeprobe.statistics import frozen_statistics as frozen_statistics
+    from modeprobe.statistics.drift import drift as drift
     from modeprobe.statistics.recalibrate import recalibrate as recalibrate
     from modeprobe.swap import restore as restore
     from modeprobe.swap import swap as swap

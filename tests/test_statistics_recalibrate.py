@@ -7,6 +7,8 @@ import pytest
 import torch
 from torch import nn
 
+import modeprobe as mp
+from modeprobe.ops.backend import why_not
 from modeprobe.statistics import recalibrate
 from modeprobe.statistics.pooled import batch_moments
 
@@ -57,9 +59,19 @@ def two_layers():
     return nn.Sequential(nn.Linear(5, 7), nn.BatchNorm1d(7), nn.ReLU(), nn.Linear(7, 3), nn.BatchNorm1d(3))
 
 
+@pytest.fixture(params=["native", "reference"])
+def backend(request):
+    """The kernel that reads each activation once, and plain torch."""
+    why = why_not(request.param, "cpu")
+    if why:
+        pytest.skip(why)
+    with mp.backend(request.param):
+        yield request.param
+
+
 @pytest.mark.parametrize("offset", [0.0, 1e2, 1e4])
 @pytest.mark.parametrize("order", ["shuffled", "sorted"])
-def test_offset_and_order(offset, order):
+def test_offset_and_order(offset, order, backend):
     layer = nn.BatchNorm1d(6)
     data = torch.randn(sum(MIXED), 6) * torch.tensor([1, 2, 0.5, 1, 1, 3]) + offset
     if order == "sorted":
@@ -73,8 +85,9 @@ def test_offset_and_order(offset, order):
 
 @pytest.mark.parametrize("format_", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_layouts_and_dtypes(format_, dtype):
-    layer = nn.BatchNorm2d(5).to(dtype)
+@pytest.mark.parametrize("swapped", [False, True])
+def test_layouts_and_dtypes(format_, dtype, swapped, backend):
+    layer = (mp.nn if swapped else nn).BatchNorm2d(5).to(dtype)
     batches = [
         (torch.randn(n, 5, 3, 7, dtype=dtype) + torch.arange(5).view(1, 5, 1, 1) * 2500).to(
             memory_format=format_
@@ -86,7 +99,7 @@ def test_layouts_and_dtypes(format_, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_inputs_pool_in_float32(dtype):
+def test_half_inputs_pool_in_float32(dtype, backend):
     """Half-precision activations, float32 buffers: as under autocast."""
     layer = nn.BatchNorm2d(4)
     batches = [(torch.randn(n, 4, 5, 5) + 3).to(dtype) for n in (2, 30)]
@@ -109,7 +122,7 @@ def test_lower_layers_normalise_with_the_batch():
 
 
 @pytest.mark.parametrize("sizes", [(1, 2, 64), (1, 1, 1, 1, 63)])
-def test_layerwise_is_the_population_of_evaluation(sizes):
+def test_layerwise_is_the_population_of_evaluation(sizes, backend):
     """Behind recalibrated layers batches do not matter, and evaluation sees exactly that population."""
     model = two_layers()
     data = torch.randn(sum(sizes), 5).sort(0).values * 3
@@ -135,8 +148,9 @@ def test_single_values_use_what_is_pooled():
     close(model[4], [model[3](part.float().relu()) for part in behind], rtol=2e-5)
 
 
-def test_reused_layer():
-    probe = Probe(nn.BatchNorm1d(4))
+@pytest.mark.parametrize("swapped", [False, True])
+def test_reused_layer(swapped):
+    probe = Probe((mp.nn if swapped else nn).BatchNorm1d(4))
 
     class Twice(nn.Module):
         def __init__(self):
@@ -348,6 +362,26 @@ def test_last_and_momentum():
         recalibrate(layer, data, momentum=1.5)
 
 
+def test_swapped_with_activation_and_residual():
+    """The layer's input is measured, not what its epilogue makes of it."""
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear, self.norm = nn.Linear(4, 4), mp.nn.BatchNorm1d(4, activation="relu")
+            self.last = nn.BatchNorm1d(4)
+
+        def forward(self, x):
+            return self.last(self.norm(self.linear(x), x))
+
+    model = Block()
+    batches = [torch.randn(n, 4) * 3 for n in (5, 64)]
+    recalibrate(model, batches, layerwise=True)
+    model.eval()
+    close(model.norm, [model.linear(batch) for batch in batches])
+    close(model.last, [model.norm(model.linear(batch), batch) for batch in batches])
+
+
 def test_wrappers_and_subclasses():
     class Activated(nn.BatchNorm2d):
         def forward(self, x):
@@ -362,7 +396,7 @@ def test_wrappers_and_subclasses():
 
 
 @pytest.mark.parametrize("shape", [(4096, 3), (64, 3, 9), (8, 3, 20, 20)])
-def test_moments_do_not_cancel(shape):
+def test_moments_do_not_cancel(shape, backend):
     """A few roundings from float64 up to mean / std = 1e4, where E[x^2] - E[x]^2 has no digit left."""
     x = torch.randn(shape) + 1e4
     n, mean, m2 = batch_moments(x)
