@@ -1,0 +1,303 @@
+"""One command for a machine with an NVIDIA GPU: build, test, sanitize, measure. ``make gpu``.
+
+Runs from a source checkout with what is installed, offline, and installs nothing: the package is built into
+``.cache/gpu`` beside links to the sources. Every step has a time limit, a step that fails does not stop the
+next, and results are written as they come, to ``benchmarks/results/<gpu>/``. Without a GPU the same driver
+runs its steps on the CPU, as a rehearsal. The standard library is all that this file needs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+TOTAL = 525.0  # seconds; what is left after a slow step is what the next one gets
+NUMBERS = 10
+
+
+@dataclass
+class Outcome:
+    """How a step ended. ``verdict``: ok, failed, timeout, absent (a tool is missing) or no time."""
+
+    step: str
+    verdict: str
+    seconds: float = 0.0
+    note: str = ""
+
+
+@dataclass
+class Session:
+    """What the steps share."""
+
+    device: str  # "cuda" or "cpu"
+    machine: str
+    results: Path
+    site: Path
+    bench: list[str] = field(default_factory=list)
+    until: float = 0.0
+    outcomes: list[Outcome] = field(default_factory=list)
+
+    def environment(self) -> dict[str, str]:
+        facts = {"MODEPROBE_FACTS": str(self.results / "facts.json"), "PYTHONPATH": str(self.site)}
+        return os.environ | facts | {"MODEPROBE_GPU_REHEARSAL": "1" if self.device == "cpu" else ""}
+
+    def python(self, *arguments: str) -> list[str]:
+        # Not the working directory but .cache/gpu comes first on the path.
+        return [sys.executable, *(["-P"] if sys.version_info >= (3, 11) else []), *arguments]
+
+
+def run(session: Session, name: str, command: Sequence[str], limit: float, **changes: Any) -> Outcome:
+    """A command with its output in ``<name>.log``; past the limit it ends with everything it started."""
+    log = session.results / f"{name}.log"
+    environment = session.environment() | changes.pop("environment", {})
+    start = time.monotonic()
+    with log.open("w") as output:
+        output.write("$ " + " ".join(map(str, command)) + "\n")
+        output.flush()
+        try:
+            process = subprocess.Popen(
+                command,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                cwd=changes.pop("cwd", ROOT),
+                env=environment,
+                start_new_session=True,
+            )
+        except OSError as error:
+            return Outcome(name, "failed", 0.0, str(error))
+        try:
+            status = process.wait(timeout=max(limit, 0.1))
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            return Outcome(name, "timeout", time.monotonic() - start, f"stopped after {limit:.0f} s")
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    note = lines[-1][:140] if len(lines) > 1 else ""
+    return Outcome(name, "ok" if status == 0 else "failed", time.monotonic() - start, note)
+
+
+def lay_out(session: Session) -> None:
+    """``.cache/gpu``: the package as an installation would lay it out, by links, with its own library."""
+    site = session.site
+    shutil.rmtree(site / "modeprobe", ignore_errors=True)
+    (site / "modeprobe").mkdir(parents=True)
+    links = {path.name: path for path in (ROOT / "modeprobe").iterdir() if path.suffix not in (".so",)}
+    links.pop("__pycache__", None)
+    links |= {"triton_kernels": ROOT / "triton_kernels", "benchmarks": ROOT / "benchmarks"}
+    for name, path in links.items():
+        (site / "modeprobe" / name).symlink_to(path)
+    # Without pyproject.toml: an older setuptools does not read all of it, and the library needs none of it.
+    for name in ("setup.py", "csrc"):
+        if not (site / name).exists():
+            (site / name).symlink_to(ROOT / name)
+
+
+def build(session: Session, limit: float) -> Outcome:
+    lay_out(session)
+    changes = {"MODEPROBE_CUDA": "1", "MAX_JOBS": str(os.cpu_count() or 1)}
+    if session.device == "cuda":
+        changes["TORCH_CUDA_ARCH_LIST"] = capability() or "9.0"
+    else:
+        here = sorted((ROOT / "modeprobe").glob("_C*.so"))
+        if here:  # a rehearsal does not compile what is there
+            shutil.copy(here[0], session.site / "modeprobe")
+            return Outcome("build", "ok", 0.0, f"rehearsal with {here[0].name}")
+        changes["MODEPROBE_CUDA"] = "0"
+    command = session.python("setup.py", "-q", "build_ext", "--inplace")
+    outcome = run(session, "build", command, limit, cwd=session.site, environment=changes)
+    if outcome.verdict == "ok":
+        built = sorted((session.site / "modeprobe").glob("_C*.so"))
+        outcome.note = built[0].name if built else ""
+        outcome.verdict = "ok" if built else "failed"
+    return outcome
+
+
+def facts(session: Session, limit: float) -> Outcome:
+    script = (
+        "import json, os, platform, sys, torch\n"
+        "found = {'python': platform.python_version(), 'torch': torch.__version__}\n"
+        "found['cuda'] = torch.version.cuda\n"
+        "if torch.cuda.is_available():\n"
+        "    p = torch.cuda.get_device_properties(0)\n"
+        "    found |= {'gpu': p.name, 'multiprocessors': p.multi_processor_count, 'memory': p.total_memory,\n"
+        "              'l2_bytes': getattr(p, 'L2_cache_size', None), 'capability': [p.major, p.minor]}\n"
+        "json.dump(found, open(os.environ['MODEPROBE_FACTS'], 'w'), indent=1)\n"
+        "print(json.dumps(found))\n"
+    )
+    return run(session, "facts", session.python("-c", script), limit)
+
+
+def pytest(session: Session, name: str, limit: float, *arguments: str) -> Outcome:
+    command = session.python("-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments)
+    outcome = run(session, name, command, limit)
+    text = (session.results / f"{name}.log").read_text(errors="replace")
+    counts = re.findall(r"^[\d\w ,]*\d+ (?:passed|failed|skipped)[^\n]*", text, re.MULTILINE)
+    outcome.note = counts[-1][:140] if counts else outcome.note
+    return outcome
+
+
+def tests(session: Session, limit: float) -> Outcome:
+    return pytest(session, "tests", limit, "tests/gpu")
+
+
+def suite(session: Session, limit: float) -> Outcome:
+    """The rest of the suite, as far as the time goes: its rungs without a GPU matter less here."""
+    return pytest(session, "suite", limit, "tests/emulator", "tests/dropout", "tests/batch_norm")
+
+
+def sanitizer(session: Session, limit: float) -> Outcome:
+    tool = shutil.which("compute-sanitizer") or shutil.which(
+        "compute-sanitizer", path="/usr/local/cuda/bin:/usr/local/cuda/compute-sanitizer"
+    )
+    if tool is None:
+        return Outcome("sanitizer", "absent", 0.0, "no compute-sanitizer in the toolkit or on PATH")
+    start, found = time.monotonic(), []
+    program = str(ROOT / "tests" / "gpu" / "kernel_run.py")
+    for check in ("memcheck", "racecheck", "initcheck", "synccheck"):
+        left = limit - (time.monotonic() - start)
+        command = [tool, "--tool", check, "--error-exitcode", "9", "--kernel-name-exclude", "kns=at::"]
+        outcome = run(session, f"sanitizer-{check}", [*command, *session.python(program)], left / 1.5,
+                      environment={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})  # fmt: skip
+        found.append(f"{check} {outcome.verdict}")
+    verdict = "ok" if all(one.endswith(" ok") for one in found) else "failed"
+    return Outcome("sanitizer", verdict, time.monotonic() - start, ", ".join(found))
+
+
+def bench(session: Session, limit: float) -> Outcome:
+    arguments = ["--device", session.device, "--budget", str(max(10, int(limit) - 20)), "--no-instructions"]
+    arguments += ["--machine", session.machine, "--output", str(session.results.parent), *session.bench]
+    return run(session, "bench", session.python("-m", "modeprobe.benchmarks", *arguments), limit)
+
+
+# name: (time limit in seconds, what runs)
+STEPS: dict[str, tuple[float, Callable[[Session, float], Outcome]]] = {
+    "facts": (30, facts),
+    "build": (120, build),
+    "tests": (110, tests),
+    "sanitizer": (80, sanitizer),
+    "bench": (130, bench),
+    "suite": (60, suite),
+}
+
+
+def capability() -> str | None:
+    """The visible GPU's, as "9.0"; None without a GPU."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return None
+    command = [tool, "--query-gpu=compute_cap", "--format=csv,noheader"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    found = re.findall(r"^\d+\.\d+$", done.stdout, re.MULTILINE)
+    return found[0] if done.returncode == 0 and found else None
+
+
+def gpu_name() -> str | None:
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return None
+    command = [tool, "--query-gpu=name", "--format=csv,noheader"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    names = done.stdout.strip().splitlines()
+    return names[0] if done.returncode == 0 and names else None
+
+
+def slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+
+
+def numbers(results: Path, device: str) -> list[str]:
+    """The most important figures: the targets in their order, with what was measured."""
+    try:
+        found = json.loads((results / "results.json").read_text())
+    except (OSError, ValueError):
+        return ["no benchmark results"]
+    lines = []
+    for one in found.get("targets", []):
+        if one.get("device") != device or not one.get("measured"):
+            continue
+        lines.append(f"{one['measured'][1]:8.2f}  {one['text']}: {one['bound']}: {one['verdict']}")
+    return lines[:NUMBERS] or ["no target was measured"]
+
+
+def write(session: Session) -> None:
+    """steps.json and summary.md, after every step."""
+    (session.results / "steps.json").write_text(
+        json.dumps([asdict(one) for one in session.outcomes], indent=1) + "\n"
+    )
+    lines = [f"# {session.machine}", "", "| step | verdict | seconds | note |", "|---|---|---|---|"]
+    for one in session.outcomes:
+        note = one.note.replace("|", "/")
+        lines.append(f"| {one.step} | {one.verdict} | {one.seconds:.0f} | {note} |")
+    lines += ["", "```", *numbers(session.results, session.device), "```", ""]
+    (session.results / "summary.md").write_text("\n".join(lines))
+
+
+def chosen_steps(text: str | None) -> list[str]:
+    names = [name.strip() for name in text.split(",") if name.strip()] if text else list(STEPS)
+    unknown = [name for name in names if name not in STEPS]
+    if unknown:
+        raise SystemExit(f"unknown step {unknown[0]!r}: choose from {', '.join(STEPS)}")
+    return names
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """0 when every step that could run is ok."""
+    parser = argparse.ArgumentParser(
+        prog="make gpu", description=__doc__.splitlines()[0] if __doc__ else None
+    )
+    parser.add_argument("--steps", help=f"comma separated, from {', '.join(STEPS)}; default all")
+    parser.add_argument(
+        "--results", type=Path, default=ROOT / "benchmarks" / "results", help="folder of folders"
+    )
+    parser.add_argument(
+        "--site", type=Path, default=ROOT / ".cache" / "gpu", help="where the package is built"
+    )
+    parser.add_argument("--total", type=float, default=TOTAL, help="seconds for everything")
+    parser.add_argument("--bench", default="", help="more arguments for the benchmarks")
+    options = parser.parse_args(arguments)
+    names = chosen_steps(options.steps)
+    gpu = gpu_name()
+    device, machine = ("cuda", slug(gpu)) if gpu else ("cpu", "rehearsal-without-gpu")
+    session = Session(device, machine, options.results / machine, options.site, options.bench.split())
+    session.results.mkdir(parents=True, exist_ok=True)
+    session.until = time.monotonic() + options.total
+    if not gpu:
+        print("No NVIDIA GPU: a rehearsal of the same steps on the CPU.")
+    if "build" not in names and not (session.site / "modeprobe").exists():
+        names.insert(0, "build")
+    for name in names:
+        limit, step = STEPS[name]
+        limit = min(limit, session.until - time.monotonic())
+        print(f"{name} (at most {max(limit, 0):.0f} s) ...", flush=True)
+        if limit < 1:
+            outcome = Outcome(name, "no time", 0.0, "the steps before took it")
+        else:
+            try:
+                outcome = step(session, limit)
+            except Exception as error:  # the next step runs whatever happens in this one
+                outcome = Outcome(name, "failed", 0.0, f"{type(error).__name__}: {error}")
+        session.outcomes.append(outcome)
+        write(session)
+        print(f"  {outcome.verdict} after {outcome.seconds:.0f} s: {outcome.note}", flush=True)
+    print(f"\nResults: {session.results}\n")
+    for outcome in session.outcomes:
+        print(f"{outcome.step:<10} {outcome.verdict:<8} {outcome.seconds:6.0f} s  {outcome.note}")
+    print("\n" + "\n".join(numbers(session.results, session.device)))
+    return 0 if all(one.verdict in ("ok", "absent") for one in session.outcomes) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,12 @@
+import pytest
+import torch
+
+REASON = "no CUDA device" if torch.version.cuda else "no CUDA device (this torch is a CPU build)"
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if "/gpu/" in str(item.path):
+            item.add_marker(pytest.mark.rung("gpu"))
+            if not torch.cuda.is_available():
+                item.add_marker(pytest.mark.skip(reason=REASON))

@@ -1,0 +1,50 @@
+"""A small run of every CUDA kernel, for compute-sanitizer; sizes leave ragged chunks and several slices."""
+
+import torch
+
+import modeprobe as mp
+from modeprobe import mask
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def main():
+    ops = torch.ops.modeprobe
+    key = mask.key(1, 2, device="cuda")
+    p = torch.tensor(0.3, dtype=torch.float64, device="cuda")
+    with mp.backend("native"):
+        for dtype in DTYPES:
+            for n in (1, 7, 4099):
+                x = torch.randn(n + 1, device="cuda").to(dtype)[1:]
+                ops.dropout(x, key, 0.1)
+                ops.dropout_(x, key, 0.1, 3)
+                ops.dropout(x, key, 0.0, 0, True, p)
+            ops.dropout_mask(key, 1001, 0.5)
+            for shape in ((4, 3, 7, 7), (16, 64, 9, 8)):
+                for memory_format in (torch.contiguous_format, torch.channels_last):
+                    x = torch.randn(shape, device="cuda").to(dtype, memory_format=memory_format)
+                    wide = torch.promote_types(dtype, torch.float32)
+                    w, b, m, v = (torch.ones(shape[1], device="cuda", dtype=wide) for _ in range(4))
+                    count = torch.zeros((), dtype=torch.int64, device="cuda")
+                    for activation in (0, 1, 3):
+                        extra = (
+                            x if activation else None,
+                            activation,
+                            0.01,
+                            key if activation else None,
+                            0.2,
+                        )
+                        y, statistics, _ = ops.batch_norm_train(
+                            x, w, b, m, v, count, None, None, 1e-5, *extra
+                        )
+                        ops.batch_norm_backward(
+                            y, x, statistics, w, b, True, True, True, bool(activation), *extra
+                        )
+                    ops.batch_norm_eval(x, m, v, w, b, 1e-5, save=True)
+                    ops.batch_norm_moments(x)
+    torch.cuda.synchronize()
+    print("all kernels ran")
+
+
+if __name__ == "__main__":
+    main()

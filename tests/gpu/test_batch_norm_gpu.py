@@ -1,0 +1,98 @@
+"""BatchNorm on a GPU against torch in float64, and what only a GPU can show."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import modeprobe  # noqa: F401  (registers the operators)
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+SHAPES = (
+    (2, 3, 4, 1),
+    (3, 5, 37, 1),
+    (8, 64, 7, 7),
+    (17, 65, 1, 1),
+    (4, 256, 14, 14),
+    (32, 64, 56, 56),
+    (8193, 2, 3, 1),
+)
+ops = torch.ops.modeprobe
+
+
+def close(got, same_dtype, truth, dtype, what):
+    allowed = 2 * (same_dtype.double() - truth).abs().max() + 4 * torch.finfo(dtype).eps * truth.abs().max()
+    if dtype == torch.float64:
+        allowed = allowed * 64
+    assert (got.double() - truth).abs().max() <= allowed, what
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_training_forward_and_backward(dtype, shape, memory_format):
+    wide = torch.promote_types(dtype, torch.float32)
+    x, dy = (torch.randn(shape, device="cuda").to(dtype, memory_format=memory_format) for _ in range(2))
+    w, b = (torch.randn(shape[1], device="cuda", dtype=wide) for _ in range(2))
+    mean, var = torch.zeros(shape[1], device="cuda"), torch.ones(shape[1], device="cuda")
+    mean, var = mean.to(wide), var.to(wide)
+    count = torch.zeros((), dtype=torch.int64, device="cuda")
+
+    def reference(kind):
+        narrow = torch.promote_types(kind, torch.float32)
+        leaves = [t.to(k).requires_grad_() for t, k in ((x, kind), (w, narrow), (b, narrow))]
+        y = F.batch_norm(leaves[0], None, None, leaves[1], leaves[2], training=True)
+        return y.detach(), torch.autograd.grad(y, leaves, dy.to(kind))
+
+    truth, truth_gradients = reference(torch.float64)
+    same, same_gradients = reference(dtype)
+    y, statistics, _ = ops.batch_norm_train(x, w, b, mean, var, count, None, 0.1, 1e-5)
+    assert y.stride() == x.stride()
+    close(y, same, truth, dtype, "y")
+    got = ops.batch_norm_backward(dy, x, statistics, w, b, True, True, True, False)
+    close(got[0], same_gradients[0], truth_gradients[0], dtype, "dx")
+    for mine, same_g, truth_g in zip(got[1:3], same_gradients[1:], truth_gradients[1:], strict=True):
+        magnitude = dy.double().abs().sum() / shape[1]
+        allowed = 2 * (same_g.double() - truth_g).abs().max() + 2 * torch.finfo(wide).eps * magnitude
+        assert (mine.double() - truth_g).abs().max() <= allowed * (64 if dtype == torch.float64 else 1)
+    flat = x.double().transpose(0, 1).flatten(1)
+    torch.testing.assert_close(mean.double(), 0.1 * flat.mean(1), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(var.double(), 0.9 + 0.1 * flat.var(1), rtol=1e-5, atol=1e-6)
+    assert count.item() == 1
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_same_bits_on_every_run(memory_format):
+    x = torch.randn(32, 64, 28, 28, device="cuda").to(memory_format=memory_format)
+    first = ops.batch_norm_moments(x)
+    assert all(torch.equal(first, ops.batch_norm_moments(x)) for _ in range(20))
+
+
+def test_graph_replay_counts_each_batch():
+    x = torch.randn(16, 64, 8, 8, device="cuda")
+    mean, var = torch.zeros(64, device="cuda"), torch.ones(64, device="cuda")
+    count = torch.zeros((), dtype=torch.int64, device="cuda")
+
+    def step():
+        return ops.batch_norm_train(x, None, None, mean, var, count, None, None, 1e-5)
+
+    with torch.cuda.stream(torch.cuda.Stream()):
+        step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    for _ in range(5):
+        graph.replay()
+    torch.cuda.synchronize()
+    assert count.item() == 6
+    torch.testing.assert_close(mean, x.transpose(0, 1).flatten(1).mean(1), rtol=1e-4, atol=1e-6)
+
+
+def test_non_finite_batches_are_skipped():
+    x = torch.randn(4, 300, 5, 5, device="cuda")
+    x[1, 299, 2, 2] = float("nan")
+    mean, var = torch.zeros(300, device="cuda"), torch.ones(300, device="cuda")
+    count, skipped = (torch.zeros((), dtype=torch.int64, device="cuda") for _ in range(2))
+    ops.batch_norm_train(x, None, None, mean, var, count, skipped, 0.1, 1e-5)
+    assert (count.item(), skipped.item()) == (0, 1)
+    assert torch.equal(mean, torch.zeros_like(mean))

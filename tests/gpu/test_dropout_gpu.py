@@ -1,0 +1,93 @@
+"""Dropout on a GPU: the contract's masks, CUDA graphs, streams, and both backends."""
+
+import pytest
+import torch
+
+import modeprobe as mp
+from modeprobe import mask
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+BACKENDS = ("native", "triton")
+SIZES = (0, 1, 7, 8, 9, 111, 1023, 4097, (1 << 20) + 3)
+
+
+def expected(x, key, p, offset=0):
+    """On the CPU, in plain torch."""
+    with mp.backend("reference"):
+        return mp.functional.dropout(x.cpu(), p, key=key.cpu(), offset=offset)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("n", SIZES)
+def test_forward_and_backward_are_the_contract(backend, dtype, n):
+    key = mask.key(1234, 5, device="cuda")
+    for shift in (0, 1):
+        x = torch.randn(n + shift, device="cuda").to(dtype)[shift:].requires_grad_()
+        for p, offset in ((0.1, 0), (1 / 3, 3), (0.5, 2**35 + 3)):
+            with mp.backend(backend):
+                y = mp.functional.dropout(x, p, key=key, offset=offset)
+                (gradient,) = torch.autograd.grad(y, x, torch.ones_like(y))
+            assert torch.equal(y.cpu(), expected(x.detach(), key, p, offset))
+            assert torch.equal(gradient.cpu(), expected(torch.ones_like(x), key, p, offset))
+
+
+def test_known_keep_count():
+    key = mask.key(1234, 5, device="cuda")
+    assert mp.functional.dropout_mask((1 << 22,), 0.1, key).sum().item() == 3_774_657
+    assert mp.functional.dropout_mask((1 << 22,), 1 / 3, key).sum().item() == 2_795_527
+
+
+def test_p_on_the_device():
+    key, x = mask.key(3, device="cuda"), torch.randn(10007, device="cuda")
+    for p in (0.0, 0.1, 1 / 3, 1 - 1e-7, 1.0):
+        p_tensor = torch.tensor(p, dtype=torch.float64, device="cuda")
+        got = torch.ops.modeprobe.dropout(x, key, 0.7, 0, True, p_tensor)
+        assert torch.equal(got, torch.ops.modeprobe.dropout(x, key, p))
+
+
+def test_graph_replay_draws_fresh_masks():
+    x = torch.ones(4096, device="cuda", dtype=torch.bfloat16)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        mp.functional.dropout(x, 0.5)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = mp.functional.dropout(x, 0.5)
+    seen = []
+    for _ in range(3):
+        graph.replay()
+        seen.append(y.clone())
+    assert not torch.equal(seen[0], seen[1])
+    assert not torch.equal(seen[1], seen[2])
+    assert all(0.4 < (one != 0).float().mean().item() < 0.6 for one in seen)
+
+
+def test_runs_on_the_current_stream():
+    key, x = mask.key(1, device="cuda"), torch.zeros(1 << 24, device="cuda")
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(50_000_000)
+        x.fill_(1.0)
+        y = torch.ops.modeprobe.dropout(x, key, 0.5)
+    torch.cuda.current_stream().wait_stream(stream)
+    assert 0.49 < (y != 0).float().mean().item() < 0.51
+
+
+def test_more_than_two_to_the_31_elements():
+    free, _ = torch.cuda.mem_get_info()
+    n = 2**31 + 4099
+    if free < 3 * n:
+        pytest.skip("not enough GPU memory")
+    key = mask.key(1234, 5, device="cuda")
+    x = torch.ones(n, dtype=torch.float16, device="cuda")
+    torch.ops.modeprobe.dropout_(x, key, 0.5)
+    tail = mask.keep_mask((4099,), 0.5, key.cpu(), 2**31)
+    assert torch.equal((x[2**31 :] != 0).cpu(), tail)
+
+
+def test_wrong_device_is_refused():
+    with pytest.raises(RuntimeError, match="key must be on the device of the data"):
+        torch.ops.modeprobe.dropout(torch.ones(3, device="cuda"), mask.key(1), 0.5)

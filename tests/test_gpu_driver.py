@@ -1,0 +1,123 @@
+"""The driver of `make gpu`, without a GPU: limits, failures, results, and a rehearsal on the CPU."""
+
+import json
+import sys
+import time
+
+import pytest
+from modeprobe.benchmarks import gpu
+
+pytestmark = pytest.mark.rung("reference")
+
+
+@pytest.fixture
+def start(monkeypatch, tmp_path, capsys):
+    def run(steps=None, *arguments, gpu_name=None):
+        if steps is not None:
+            monkeypatch.setattr(gpu, "STEPS", steps)
+        monkeypatch.setattr(gpu, "gpu_name", lambda: gpu_name)
+        (tmp_path / "site" / "modeprobe").mkdir(parents=True, exist_ok=True)
+        status = gpu.main(["--results", str(tmp_path), "--site", str(tmp_path / "site"), *arguments])
+        return status, capsys.readouterr().out
+
+    return run
+
+
+def command(name, code, **changes):
+    def step(session, limit):
+        return gpu.run(session, name, [sys.executable, "-c", code], limit, **changes)
+
+    return step
+
+
+def outcomes(tmp_path, machine="rehearsal-without-gpu"):
+    return json.loads((tmp_path / machine / "steps.json").read_text())
+
+
+def test_failures_and_timeouts_never_stop_the_next_step(start, tmp_path):
+    def broken(session, limit):
+        raise ValueError("no such thing")
+
+    begin = time.monotonic()
+    status, out = start(
+        {
+            "fails": (30, command("fails", "import sys; print('seven'); sys.exit(7)")),
+            "hangs": (1, command("hangs", "import time; time.sleep(60)")),
+            "raises": (30, broken),
+            "absent": (30, lambda session, limit: gpu.Outcome("absent", "absent")),
+            "works": (30, command("works", "print('the last line')")),
+        }
+    )
+    assert time.monotonic() - begin < 30
+    assert status == 1
+    found = {one["step"]: one for one in outcomes(tmp_path)}
+    verdicts = [one["verdict"] for one in found.values()]
+    assert verdicts == ["failed", "timeout", "failed", "absent", "ok"]
+    assert found["fails"]["note"] == "seven"
+    assert found["raises"]["note"] == "ValueError: no such thing"
+    assert found["works"]["note"] == "the last line"
+    assert "hangs      timeout" in out
+    assert "| works | ok |" in (tmp_path / "rehearsal-without-gpu" / "summary.md").read_text()
+
+
+def test_a_timeout_ends_what_the_step_started(start, tmp_path):
+    marker = tmp_path / "late"
+    child = f"import time; time.sleep(4); open({str(marker)!r}, 'w')"
+    code = (
+        f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {child!r}]); time.sleep(60)"
+    )
+    start({"hangs": (1, command("hangs", code))})
+    time.sleep(4)
+    assert not marker.exists()
+
+
+def test_the_whole_has_a_limit_and_results_come_as_they_are(start, tmp_path):
+    steps = {name: (30, command(name, "import time; time.sleep(1.5)")) for name in ("one", "two", "three")}
+    _, _ = start(steps, "--total", "2.6")
+    assert [one["verdict"] for one in outcomes(tmp_path)] == ["ok", "timeout", "no time"]
+
+
+def test_steps_are_picked(start, tmp_path):
+    steps = {name: (30, command(name, "pass")) for name in ("one", "two", "three")}
+    status, _ = start(steps, "--steps", "three,one", gpu_name="NVIDIA H200")
+    assert status == 0
+    assert [one["step"] for one in outcomes(tmp_path, "nvidia-h200")] == ["build", "three", "one"][1:]
+    with pytest.raises(SystemExit, match="unknown step 'four'"):
+        start(steps, "--steps", "four")
+
+
+def test_the_ten_numbers_are_the_targets(tmp_path):
+    rows = [
+        {
+            "device": "cuda",
+            "text": f"work {i}",
+            "bound": "at least 2x torch",
+            "verdict": "met",
+            "measured": [1, i, 9],
+        }
+        for i in range(20)
+    ]
+    rows[0]["measured"] = None
+    (tmp_path / "results.json").write_text(json.dumps({"targets": rows}))
+    lines = gpu.numbers(tmp_path, "cuda")
+    assert len(lines) == 10
+    assert lines[0].split() == ["1.00", "work", "1:", "at", "least", "2x", "torch:", "met"]
+    assert gpu.numbers(tmp_path, "cpu") == ["no target was measured"]
+    assert gpu.numbers(tmp_path / "nowhere", "cuda") == ["no benchmark results"]
+
+
+def test_the_layout_imports_like_an_installation(start, tmp_path):
+    session = gpu.Session("cpu", "x", tmp_path, tmp_path / "site")
+    gpu.lay_out(session)
+    code = "import modeprobe.benchmarks.resources as r, modeprobe; print(modeprobe.__file__)"
+    outcome = gpu.run(session, "import", session.python("-c", code), 60, cwd=tmp_path)
+    assert outcome.verdict == "ok", (tmp_path / "import.log").read_text()
+    assert outcome.note.startswith(str(tmp_path / "site"))
+
+
+def test_a_rehearsal_on_the_cpu(start, tmp_path):
+    _, out = start(None, "--steps", "facts,sanitizer")
+    found = {one["step"]: one["verdict"] for one in outcomes(tmp_path)}
+    assert found["facts"] == "ok"
+    assert "torch" in json.loads((tmp_path / "rehearsal-without-gpu" / "facts.json").read_text())
+    assert "rehearsal" in out
