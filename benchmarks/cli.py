@@ -209,13 +209,35 @@ def line(work: Work, rows: Sequence[Row]) -> str:
 
 
 def render(console: Any, path: Path, publish: bool) -> None:
-    from . import results, tables
+    from . import page, results, tables
 
     found = refreshed(results.load(path))
     results.save(found, path)
     for table in tables.every_table(found):
         table.print(console)
-    console.print(f"results: {path}", soft_wrap=True)
+    charts, no_charts = drawn(found, path.parent / "charts")
+    if no_charts:
+        console.print(f"No charts: {no_charts}")
+    (path.parent / "index.html").write_text(page.html(found, charts, no_charts))
+    for what, file in (("results", path), ("page", path.parent / "index.html")):
+        console.print(f"{what}: {file}", soft_wrap=True)
+    if publish:
+        root = results.checkout()
+        if root is None:
+            raise ValueError("publish: refreshes a source tree, and this is an installed package")
+        for file in page.publish(found, path.parent / "charts", root):
+            console.print(f"refreshed: {file}", soft_wrap=True)
+
+
+def drawn(found: Results, folder: Path) -> tuple[dict[str, Any], str]:
+    """The charts, or why there are none."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        return {}, "matplotlib is not installed; run: pip install 'modeprobe[bench]'"
+    from . import charts
+
+    return charts.write(found, folder), ""
 
 
 def refreshed(found: Results) -> Results:

@@ -99,6 +99,8 @@ def measure(
         return [row(work, MODEPROBE, device, status="failed", reason=f"out of memory: {first_line(error)}")]
     for name, own in samples.items():
         fill(rows[name], own, samples, work)
+    del contenders, ready, problem
+    gc.collect()
     return list(rows.values())
 
 
@@ -126,8 +128,6 @@ def prepare(
     except Exception as error:
         own.status, own.reason = "failed", f"{type(error).__name__}: {first_line(error)}"
         return own, None
-    finally:
-        gc.collect()
     own.note = candidate.note
     if fault is not None:
         own.status, own.reason = "wrong", fault

@@ -136,15 +136,15 @@ def distinct(works: Iterable[Work]) -> list[Work]:
 
 
 def all_works(device: str) -> Iterator[Work]:
-    """Every work for ``device`` ("cpu" or "cuda"): the rows of the targets first, whole models last."""
+    """Every work for ``device`` ("cpu" or "cuda"): the rows of the targets first, then whole models."""
     from . import works_batch_norm, works_dropout, works_models
 
     for module in (works_dropout, works_batch_norm):
         yield from module.target_works(device)
+    yield from works_models.model_works(device)
     yield from works_batch_norm.layer_works(device)
     for module in (works_dropout, works_batch_norm):
         yield from module.size_works(device)
-    yield from works_models.model_works(device)
 
 
 def select(works: Iterable[Work], pattern: str | None = None) -> list[Work]:

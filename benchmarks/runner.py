@@ -76,7 +76,8 @@ def run(
                 results.save(found, path)
                 return list(works[index:])
             share = remaining / (len(works) - index)
-            own = replace(limits, seconds=min(limits.seconds, TIMING_SHARE * share))
+            rounds = limits.least_rounds if share > 2 * limits.seconds else min(3, limits.least_rounds)
+            own = replace(limits, seconds=min(limits.seconds, TIMING_SHARE * share), least_rounds=rounds)
             if share < COMPILE_SECONDS:
                 left.append("torch.compile")
         try:

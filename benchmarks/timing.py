@@ -112,9 +112,8 @@ class Limits:
 
 
 def calibrate(contender: Contender, clock: Clock, limits: Limits) -> int:
-    """How many calls make one sample; also the warm-up."""
+    """How many calls make one sample; also the warm-up, beside the run that was judged."""
     with contender.context():
-        clock.sample(contender.run, 1)
         seconds = clock.sample(contender.run, 1)
         if seconds < limits.sample_seconds:
             # One call is all overhead of the clock when the work is tiny: ask again with more.

@@ -1,0 +1,384 @@
+"""Charts of a results file: speed against size, bars per layer, memory, models, and the summary."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .check import targets
+from .results import Results
+from .tables import by_work, group_names, members, section, size
+
+# Okabe and Ito's colours, told apart by colour-blind readers too.
+COLORS = {
+    "modeprobe": "#0072B2",
+    "modeprobe fused": "#009E73",
+    "modeprobe triton": "#56B4E9",
+    "torch": "#7f7f7f",
+    "torch.compile": "#E69F00",
+}
+MARKERS = {
+    "modeprobe": "o",
+    "modeprobe fused": "D",
+    "modeprobe triton": "s",
+    "torch": "X",
+    "torch.compile": "^",
+}
+OTHERS = "#CC79A7"
+INK = "#1f2937"
+
+
+@dataclass(frozen=True)
+class Chart:
+    """``draw`` makes a matplotlib figure; ``name`` is the file's stem."""
+
+    name: str
+    title: str
+    caption: str
+    draw: Callable[[], Any]
+
+
+def every_chart(results: Results) -> Iterator[Chart]:
+    """The charts that the results have data for, the summary first."""
+    for device in dict.fromkeys(row["device"] for row in results["results"]):
+        if summary_rows(results, device):
+            yield Chart(
+                f"summary-{device}",
+                "Time against a plain pass over the same bytes",
+                "Each dot is the median time of an operation over that of a copy which moves the same bytes: 1 "
+                "is the memory's own speed. The line spans the 20th to the 80th percentile.",
+                lambda device=device: summary(results, device),
+            )
+    for group in group_names(results, ""):
+        if group.endswith(" sizes"):
+            for device, dtype in variants(results, group):
+                yield Chart(
+                    f"{slug(group)}-{device}-{dtype}",
+                    f"{group.removesuffix(' sizes')} forward, {dtype}: bandwidth against size",
+                    "Bytes that the operation has to move over its median time. Dashed: a plain pass over the "
+                    "same tensor, into fresh and into existing memory. No operation goes above them for long.",
+                    lambda group=group, device=device, dtype=dtype: sizes(results, group, device, dtype),
+                )
+    for group in group_names(results, "ResNet-50"):
+        yield Chart(
+            slug(group),
+            f"{group}, forward and backward",
+            "Time of one layer of each shape, with the number of such layers in the network. The line is the "
+            "time of copying the bytes that the layer has to move.",
+            lambda group=group: layers(results, group),
+        )
+    if memory_rows(results):
+        yield Chart(
+            "memory",
+            "Memory kept for the backward pass",
+            "Bytes of the storages that autograd saves during one forward pass, the input where it is saved; "
+            "parameters are not counted.",
+            lambda: memory(results),
+        )
+    if any(section(row) == "models" and row["seconds"] for row in results["results"]):
+        yield Chart(
+            "models",
+            "Whole models: one training step",
+            "Forward, loss, backward and optimiser; before and after modeprobe.swap.",
+            lambda: models(results),
+        )
+
+
+def slug(text: str) -> str:
+    return text.lower().replace(",", "").replace(" ", "-")
+
+
+def figure(width: float, height: float, **options: Any) -> tuple[Any, Any]:
+    from matplotlib import pyplot
+
+    return pyplot.subplots(figsize=(width, height), layout="constrained", **options)
+
+
+STYLE = {
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#9ca3af",
+    "axes.labelcolor": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "axes.grid": True,
+    "grid.color": "#e5e7eb",
+    "axes.axisbelow": True,
+    "legend.frameon": False,
+    "svg.fonttype": "path",
+    "svg.hashsalt": "modeprobe",
+}
+TINY = 4096  # elements; below, the time of a call says nothing about bandwidth
+
+
+def color(provider: str) -> str:
+    return COLORS.get(provider, OTHERS)
+
+
+def variants(results: Results, group: str) -> list[tuple[str, str]]:
+    return list(dict.fromkeys((row["device"], row["dtype"]) for row in members(results, group)))
+
+
+def shown(groups: Sequence[dict[str, dict[str, Any]]]) -> list[str]:
+    """Providers with a time in any group: modeprobe's last, so that they are drawn on top."""
+    found = {name for group in groups for name, row in group.items() if row["seconds"] and not row["floor"]}
+    order = ["torch", "torch.compile"]
+    ours = [name for name in COLORS if name.startswith("modeprobe")]
+    rest = sorted(found - set(order) - set(ours))
+    return [name for name in (*order, *rest, *ours) if name in found]
+
+
+def summary_rows(results: Results, device: str) -> list[tuple[str, dict[str, dict[str, Any]]]]:
+    """(words, provider -> row) for each work that a target names and modeprobe has a figure for."""
+    groups = by_work(results["results"])
+    found: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {}
+    for target in targets():
+        group = groups.get((device, target.get("work", "")))
+        ours = (group or {}).get("modeprobe") or {}
+        if target["device"] == device and group and ours.get("of_copy") and ours["elements"] > TINY:
+            found[target["work"]] = (in_words(target), group)
+    if not found:  # targets that name patterns: every work that has all it takes
+        for (where, work), group in groups.items():
+            ours = group.get("modeprobe") or {}
+            if where == device and ours.get("of_copy") and not ours["groups"] and ours["elements"] > TINY:
+                found[work] = (work, group)
+    return list(found.values())
+
+
+def in_words(target: dict[str, Any]) -> str:
+    """The target's text, with its family in front where the text does not say it."""
+    text, family = target["text"], "BatchNorm" if target["family"] == "batch_norm" else "Dropout"
+    named = "dropout" in text.lower() or "batchnorm" in text.lower()
+    return text if named else f"{family}: {text}"
+
+
+def summary(results: Results, device: str) -> Any:
+    from matplotlib.ticker import FuncFormatter
+
+    rows = summary_rows(results, device)
+    providers = shown([group for _, group in rows])
+    drawing, axes = figure(9.5, 1.2 + 0.27 * len(rows))
+    named: set[str] = set()
+    for place, (_, group) in enumerate(rows):
+        for provider in providers:
+            row = group.get(provider)
+            if row is None or not row["of_copy"]:
+                continue
+            low, middle, high = (1 / value for value in reversed(row["of_copy"]))
+            axes.plot([low, high], [place, place], color=color(provider), lw=2, alpha=0.6, zorder=2)
+            axes.plot(
+                middle,
+                place,
+                MARKERS.get(provider, "v"),
+                color=color(provider),
+                ms=8 if provider == "modeprobe" else 6,
+                zorder=4 if provider == "modeprobe" else 3,
+                label=provider if provider not in named else None,
+            )
+            named.add(provider)
+    axes.axvline(1.0, color=INK, lw=1, ls="--")
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}x"))
+    axes.set_yticks(range(len(rows)), [words for words, _ in rows])
+    axes.invert_yaxis()
+    axes.grid(axis="y", color="#f3f4f6")
+    axes.set_xlabel(
+        "time over that of a copy of the same bytes (left is faster; 1x is the memory's own speed)"
+    )
+    handles = {
+        provider: axes.plot([], [], MARKERS.get(provider, "v"), color=color(provider), label=provider)[0]
+        for provider in providers
+    }
+    axes.legend(handles=list(handles.values()), loc="lower center", bbox_to_anchor=(0.3, 1.0), ncols=5)
+    return drawing
+
+
+def sizes(results: Results, group: str, device: str, dtype: str) -> Any:
+    from matplotlib.ticker import FuncFormatter
+
+    rows = [row for row in members(results, group) if row["device"] == device and row["dtype"] == dtype]
+    layouts = list(dict.fromkeys(row["layout"] for row in rows))
+    drawing, grid = figure(5.6 * len(layouts) + 0.8, 4.4, ncols=len(layouts), sharey=True, squeeze=False)
+    for axes, layout in zip(grid[0], layouts, strict=True):
+        # The flat inputs have no layout: they open both curves.
+        mine = [row for row in rows if row["layout"] == layout or len(row["shape"]) < 3]
+        groups = sorted(by_work(mine).values(), key=lambda item: next(iter(item.values()))["elements"])
+        for floor, style in (("x.clone()", "--"), ("y.copy_(x)", ":")):
+            draw_line(axes, groups, floor, INK, linestyle=style, linewidth=1.2, passes=2)
+        for provider in shown(groups):
+            marker = MARKERS.get(provider, "v")
+            draw_line(axes, groups, provider, color(provider), marker=marker, markersize=4, linewidth=1.8)
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.set_xlabel("elements")
+        if len(layouts) > 1:
+            axes.set_title(layout)
+    grid[0][0].set_ylabel("GB/s")
+    grid[0][0].legend(loc="upper left")
+    return drawing
+
+
+def draw_line(
+    axes: Any,
+    groups: Sequence[dict[str, dict[str, Any]]],
+    provider: str,
+    color: str,
+    passes: float | None = None,
+    **options: Any,
+) -> None:
+    """Bandwidth of a provider against size; a floor moves its own passes over the tensor, not the work's."""
+    points = []
+    for group in groups:
+        row = group.get(provider)
+        if row and row["seconds"]:
+            moved = row["bytes"]
+            if passes is not None:
+                moved = passes * row["elements"] * {"float32": 4, "float64": 8}.get(row["dtype"], 2)
+            points.append((row["elements"], *(moved / value / 1e9 for value in row["seconds"])))
+    if not points:
+        return
+    x = [point[0] for point in points]
+    axes.plot(x, [point[2] for point in points], color=color, label=provider, **options)
+    axes.fill_between(x, [p[3] for p in points], [p[1] for p in points], color=color, alpha=0.15, lw=0)
+
+
+def bars(
+    axes: Any,
+    names: Sequence[str],
+    groups: Sequence[dict[str, dict[str, Any]]],
+    value: Callable[[dict[str, Any]], float | None],
+) -> None:
+    providers = shown(groups)
+    width = 0.8 / max(len(providers), 1)
+    for index, provider in enumerate(providers):
+        heights = [value(group[provider]) if provider in group else None for group in groups]
+        axes.bar(
+            [place + (index - (len(providers) - 1) / 2) * width for place in range(len(groups))],
+            [height or 0.0 for height in heights],
+            width * 0.92,
+            color=color(provider),
+            label=provider,
+        )
+    axes.set_xticks(range(len(names)), names)
+    axes.grid(axis="x", visible=False)
+    axes.legend(loc="upper right")
+
+
+def layers(results: Results, group: str) -> Any:
+    groups = list(by_work(members(results, group)).values())
+    names = []
+    for item in groups:
+        row = next(iter(item.values()))
+        _, channels, height, _ = row["shape"]
+        names.append(f"{channels}x{height}²\n×{row['count']}")
+    drawing, axes = figure(9.5, 4.2)
+    bars(axes, names, groups, lambda row: row["seconds"][1] * 1e3 if row["seconds"] else None)
+    for place, item in enumerate(groups):
+        clone = item.get("x.clone()")
+        if clone and clone["seconds"]:
+            row = next(iter(item.values()))
+            tensor = row["elements"] * {"float32": 4}.get(row["dtype"], 2)
+            floor = clone["seconds"][1] * 1e3 * row["bytes"] / (2 * tensor)
+            axes.plot([place - 0.45, place + 0.45], [floor, floor], color=INK, lw=1.5, ls="--")
+    axes.set_yscale("log")
+    axes.set_ylabel("ms")
+    axes.set_xlabel("channels x height²; × layers in ResNet-50. Dashed: copying the same bytes")
+    return drawing
+
+
+def memory_rows(results: Results) -> list[dict[str, dict[str, Any]]]:
+    found = []
+    seen: set[tuple[str, str]] = set()
+    for (_, _), group in by_work(results["results"]).items():
+        row = next(iter(group.values()))
+        ours = group.get("modeprobe") or {}
+        kind = row["family"], row["dtype"]
+        if ours.get("saved_bytes") is not None and row["elements"] > 4096 and kind not in seen:
+            seen.add(kind)
+            found.append(group)
+    return found
+
+
+def memory(results: Results) -> Any:
+    groups = memory_rows(results)
+    names, scale = [], []
+    for group in groups:
+        row = next(iter(group.values()))
+        model = row["family"].startswith("model ")
+        names.append(f"{row['family'].removeprefix('model ')}\n{row['dtype']}")
+        scale.append(1 if model else row["elements"] * {"float32": 4}.get(row["dtype"], 2))
+    sizes_of = {id(group): whole for group, whole in zip(groups, scale, strict=True)}
+    plain = [group for group in groups if sizes_of[id(group)] > 1]
+    drawing, axes = figure(max(7.0, 1.2 * len(plain) + 1.5), 4.2)
+    providers = shown(plain)
+    width = 0.8 / max(len(providers), 1)
+    for index, provider in enumerate(providers):
+        for place, group in enumerate(plain):
+            row = group.get(provider)
+            if row is None or row["saved_bytes"] is None:
+                continue
+            at = place + (index - (len(providers) - 1) / 2) * width
+            share = row["saved_bytes"] / sizes_of[id(group)]
+            axes.bar(at, share, width * 0.92, color=color(provider), label=provider if place == 0 else None)
+            text = size(row["saved_bytes"]) if share < 0.01 else f"{share:.2f}"
+            axes.annotate(text, (at, share), ha="center", va="bottom", fontsize=7, color=INK)
+    labels = [name for name, group in zip(names, groups, strict=True) if sizes_of[id(group)] > 1]
+    axes.set_xticks(range(len(labels)), [label.replace("_", " ") for label in labels], fontsize=8)
+    axes.grid(axis="x", visible=False)
+    axes.set_ylabel("bytes saved, in sizes of the input")
+    axes.legend(loc="upper left")
+    return drawing
+
+
+def models(results: Results) -> Any:
+    groups = list(by_work(row for row in results["results"] if section(row) == "models").values())
+    names = []
+    for group in groups:
+        row = next(iter(group.values()))
+        layout = "\nchannels_last" if row["layout"] == "channels_last" else ""
+        names.append(f"{row['family'].removeprefix('model ')}, {row['dtype']}{layout}")
+    drawing, axes = figure(max(7.0, 1.9 * len(groups) + 1), 4.2)
+
+    def relative(row: dict[str, Any]) -> float | None:
+        if not row["seconds"]:
+            return None
+        return 1.0 if row["provider"] == "torch" else 1 / row["ratios"]["torch"][1] if row["ratios"] else None
+
+    bars(axes, names, groups, relative)
+    axes.axhline(1.0, color=INK, lw=1, ls="--")
+    axes.set_ylabel("time of a step, torch = 1 (lower is faster)")
+    axes.legend(loc="lower right")
+    return drawing
+
+
+def svg(drawing: Any) -> str:
+    """The figure as SVG without a date, so that equal data gives equal text."""
+    text = io.StringIO()
+    drawing.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
+    content = text.getvalue()
+    return content[content.index("<svg") :]
+
+
+def write(results: Results, folder: Path) -> dict[str, tuple[Chart, str]]:
+    """Writes each chart as SVG and PNG into ``folder``; returns name -> (chart, SVG)."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    folder.mkdir(parents=True, exist_ok=True)
+    written = {}
+    for chart in every_chart(results):
+        with matplotlib.rc_context(STYLE):
+            drawing = chart.draw()
+            drawing.savefig(folder / f"{chart.name}.png", dpi=130, metadata={"Software": None})
+            content = svg(drawing)
+            pyplot.close(drawing)
+        (folder / f"{chart.name}.svg").write_text(content)
+        written[chart.name] = (chart, content)
+    return written
