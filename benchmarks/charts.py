@@ -5,10 +5,12 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from .check import targets
+from .registry import item_size
 from .results import Results
 from .tables import by_work, group_names, members, section, size
 
@@ -48,9 +50,9 @@ def every_chart(results: Results) -> Iterator[Chart]:
             yield Chart(
                 f"summary-{device}",
                 "Time against a plain pass over the same bytes",
-                "Each dot is the median time of an operation over that of a copy which moves the same bytes: 1 "
-                "is the memory's own speed. The line spans the 20th to the 80th percentile.",
-                lambda device=device: summary(results, device),
+                "Each mark is the median time of an operation over that of a copy which moves the same "
+                "bytes: 1 is the memory's own speed. The line spans the 20th to the 80th percentile.",
+                partial(summary, results, device),
             )
     for group in group_names(results, ""):
         if group.endswith(" sizes"):
@@ -58,9 +60,9 @@ def every_chart(results: Results) -> Iterator[Chart]:
                 yield Chart(
                     f"{slug(group)}-{device}-{dtype}",
                     f"{group.removesuffix(' sizes')} forward, {dtype}: bandwidth against size",
-                    "Bytes that the operation has to move over its median time. Dashed: a plain pass over the "
-                    "same tensor, into fresh and into existing memory. No operation goes above them for long.",
-                    lambda group=group, device=device, dtype=dtype: sizes(results, group, device, dtype),
+                    "Bytes that the operation has to move over its median time. Dashed and dotted: a plain "
+                    "pass over the same tensor, into fresh and into existing memory.",
+                    partial(sizes, results, group, device, dtype),
                 )
     for group in group_names(results, "ResNet-50"):
         yield Chart(
@@ -68,7 +70,7 @@ def every_chart(results: Results) -> Iterator[Chart]:
             f"{group}, forward and backward",
             "Time of one layer of each shape, with the number of such layers in the network. The line is the "
             "time of copying the bytes that the layer has to move.",
-            lambda group=group: layers(results, group),
+            partial(layers, results, group),
         )
     if memory_rows(results):
         yield Chart(
@@ -76,14 +78,14 @@ def every_chart(results: Results) -> Iterator[Chart]:
             "Memory kept for the backward pass",
             "Bytes of the storages that autograd saves during one forward pass, the input where it is saved; "
             "parameters are not counted.",
-            lambda: memory(results),
+            partial(memory, results),
         )
     if any(section(row) == "models" and row["seconds"] for row in results["results"]):
         yield Chart(
             "models",
             "Whole models: one training step",
             "Forward, loss, backward and optimiser; before and after modeprobe.swap.",
-            lambda: models(results),
+            partial(models, results),
         )
 
 
@@ -97,7 +99,7 @@ def figure(width: float, height: float, **options: Any) -> tuple[Any, Any]:
     return pyplot.subplots(figsize=(width, height), layout="constrained", **options)
 
 
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.size": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -186,14 +188,9 @@ def summary(results: Results, device: str) -> Any:
     axes.set_yticks(range(len(rows)), [words for words, _ in rows])
     axes.invert_yaxis()
     axes.grid(axis="y", color="#f3f4f6")
-    axes.set_xlabel(
-        "time over that of a copy of the same bytes (left is faster; 1x is the memory's own speed)"
-    )
-    handles = {
-        provider: axes.plot([], [], MARKERS.get(provider, "v"), color=color(provider), label=provider)[0]
-        for provider in providers
-    }
-    axes.legend(handles=list(handles.values()), loc="lower center", bbox_to_anchor=(0.3, 1.0), ncols=5)
+    axes.set_xlabel("time over that of a copy of the same bytes")
+    axes.margins(y=0.02)
+    axes.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=5)
     return drawing
 
 
@@ -238,7 +235,7 @@ def draw_line(
         if row and row["seconds"]:
             moved = row["bytes"]
             if passes is not None:
-                moved = passes * row["elements"] * {"float32": 4, "float64": 8}.get(row["dtype"], 2)
+                moved = passes * row["elements"] * item_size(row["dtype"])
             points.append((row["elements"], *(moved / value / 1e9 for value in row["seconds"])))
     if not points:
         return
@@ -282,7 +279,7 @@ def layers(results: Results, group: str) -> Any:
         clone = item.get("x.clone()")
         if clone and clone["seconds"]:
             row = next(iter(item.values()))
-            tensor = row["elements"] * {"float32": 4}.get(row["dtype"], 2)
+            tensor = row["elements"] * item_size(row["dtype"])
             floor = clone["seconds"][1] * 1e3 * row["bytes"] / (2 * tensor)
             axes.plot([place - 0.45, place + 0.45], [floor, floor], color=INK, lw=1.5, ls="--")
     axes.set_yscale("log")
@@ -294,11 +291,13 @@ def layers(results: Results, group: str) -> Any:
 def memory_rows(results: Results) -> list[dict[str, dict[str, Any]]]:
     found = []
     seen: set[tuple[str, str]] = set()
-    for (_, _), group in by_work(results["results"]).items():
+    for group in by_work(results["results"]).values():
         row = next(iter(group.values()))
         ours = group.get("modeprobe") or {}
         kind = row["family"], row["dtype"]
-        if ours.get("saved_bytes") is not None and row["elements"] > 4096 and kind not in seen:
+        if row["family"].startswith("model ") or row["elements"] <= TINY:
+            continue
+        if ours.get("saved_bytes") is not None and kind not in seen:
             seen.add(kind)
             found.append(group)
     return found
@@ -306,29 +305,25 @@ def memory_rows(results: Results) -> list[dict[str, dict[str, Any]]]:
 
 def memory(results: Results) -> Any:
     groups = memory_rows(results)
-    names, scale = [], []
-    for group in groups:
-        row = next(iter(group.values()))
-        model = row["family"].startswith("model ")
-        names.append(f"{row['family'].removeprefix('model ')}\n{row['dtype']}")
-        scale.append(1 if model else row["elements"] * {"float32": 4}.get(row["dtype"], 2))
-    sizes_of = {id(group): whole for group, whole in zip(groups, scale, strict=True)}
-    plain = [group for group in groups if sizes_of[id(group)] > 1]
-    drawing, axes = figure(max(7.0, 1.2 * len(plain) + 1.5), 4.2)
-    providers = shown(plain)
+    drawing, axes = figure(max(7.0, 1.2 * len(groups) + 1.5), 4.2)
+    providers = shown(groups)
     width = 0.8 / max(len(providers), 1)
-    for index, provider in enumerate(providers):
-        for place, group in enumerate(plain):
+    labels, named = [], set()
+    for place, group in enumerate(groups):
+        any_row = next(iter(group.values()))
+        labels.append(f"{any_row['family'].replace('_', ' ')}\n{any_row['dtype']}")
+        for index, provider in enumerate(providers):
             row = group.get(provider)
             if row is None or row["saved_bytes"] is None:
                 continue
             at = place + (index - (len(providers) - 1) / 2) * width
-            share = row["saved_bytes"] / sizes_of[id(group)]
-            axes.bar(at, share, width * 0.92, color=color(provider), label=provider if place == 0 else None)
+            share = row["saved_bytes"] / (row["elements"] * item_size(row["dtype"]))
+            label = None if provider in named else provider
+            named.add(provider)
+            axes.bar(at, share, width * 0.92, color=color(provider), label=label)
             text = size(row["saved_bytes"]) if share < 0.01 else f"{share:.2f}"
             axes.annotate(text, (at, share), ha="center", va="bottom", fontsize=7, color=INK)
-    labels = [name for name, group in zip(names, groups, strict=True) if sizes_of[id(group)] > 1]
-    axes.set_xticks(range(len(labels)), [label.replace("_", " ") for label in labels], fontsize=8)
+    axes.set_xticks(range(len(labels)), labels, fontsize=8)
     axes.grid(axis="x", visible=False)
     axes.set_ylabel("bytes saved, in sizes of the input")
     axes.legend(loc="upper left")

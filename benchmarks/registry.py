@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
+from itertools import zip_longest
 from typing import Any
 
 MODES = ("forward", "backward", "forward_backward", "evaluation", "step")
@@ -139,8 +140,9 @@ def all_works(device: str) -> Iterator[Work]:
     """Every work for ``device`` ("cpu" or "cuda"): the rows of the targets first, then whole models."""
     from . import works_batch_norm, works_dropout, works_models
 
-    for module in (works_dropout, works_batch_norm):
-        yield from module.target_works(device)
+    # In turns, so that a run that ends early has figures of both families.
+    for pair in zip_longest(works_dropout.target_works(device), works_batch_norm.target_works(device)):
+        yield from filter(None, pair)
     yield from works_models.model_works(device)
     yield from works_batch_norm.layer_works(device)
     for module in (works_dropout, works_batch_norm):
