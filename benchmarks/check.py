@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -83,7 +84,7 @@ def judge(
     if bound["against"] == INSTRUCTIONS:
         count = instructions.get(target["work"])
         if count is None:
-            return verdict(None, "not measured", why="needs the CUDA or Triton compilers: make kernels")
+            return verdict(None, "not measured", why="needs the library built with CUDA kernels")
         return verdict([count] * 3, "met" if count <= bound["at_most"] else "missed")
     rows = matching(target, results)
     if not rows:
@@ -101,6 +102,26 @@ def judge(
         worst, name = max(figures, key=lambda pair: pair[0][1])
         met = worst[1] <= bound["at_most"]
     return verdict(worst, "met" if met else "missed", name if len(rows) > 1 else "")
+
+
+def sass_instructions() -> dict[str, float]:
+    """Instructions per element by kernel and architecture, from the built library.
+
+    Empty where it has no CUDA kernels. Reading takes seconds, once per process.
+    """
+    global _sass
+    if _sass is None:
+        try:
+            kernels = importlib.import_module(".kernels", __package__)
+            path = None if kernels.resources.why_no_tool() else kernels.library()
+            found = kernels.cuda_kernels(path) if path else []
+        except (ImportError, OSError, RuntimeError):
+            found = []
+        _sass = {f"{one.kernel} {one.arch}": one.per_element for one in found if one.per_element is not None}
+    return _sass
+
+
+_sass: dict[str, float] | None = None
 
 
 def matching(target: dict[str, Any], results: Results) -> list[dict[str, Any]]:

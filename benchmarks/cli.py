@@ -260,9 +260,10 @@ def drawn(found: Results, folder: Path) -> tuple[dict[str, Any], str]:
 
 def refreshed(found: Results) -> Results:
     """The results with verdicts of today's targets."""
-    from .check import check
+    from .check import check, sass_instructions
 
-    found["targets"] = [verdict.as_dict() for verdict in check(found)]
+    verdicts = check(found, instructions=sass_instructions())
+    found["targets"] = [verdict.as_dict() for verdict in verdicts]
     return found
 
 

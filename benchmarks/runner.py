@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,6 @@ def run(
     limits: Limits = FULL,
     budget: float | None = None,
     without: Sequence[str] = (),
-    instructions: Mapping[str, float] | None = None,
     report: Report = lambda work, rows: None,
     clock: Clock | None = None,
     now: Callable[[], float] = time.monotonic,
@@ -86,7 +85,7 @@ def run(
             reason = f"{type(error).__name__}: {first_line(error)}"
             rows = [row(work, MODEPROBE, device, status="failed", reason=reason)]
         results.upsert(found, "results", [item.as_dict() for item in rows], name)
-        found["targets"] = [verdict.as_dict() for verdict in check(found, instructions=instructions)]
+        found["targets"] = [verdict.as_dict() for verdict in check(found)]
         entry["load"][1] = results.load_average()
         results.save(found, path)
         report(work, rows)
