@@ -144,13 +144,14 @@ def launch_batch_norm_backward(
     residual = _residual(residual, sign_bits, dy)
     epilogue = (residual, activation, slope, key, p, sign_bits)
     sums = None
-    grad_weight = grad_bias = statistics.new_empty(0)
+    grad_weight, grad_bias = statistics.new_empty(0), statistics.new_empty(0)
     if need_affine or (batch_statistics and need_input):
         assert x is not None
         sums = launch_batch_norm_sums(dy, x, layout, statistics, weight, bias, *epilogue)
         if need_affine:
             dtype = statistics.dtype if weight is None else weight.dtype
-            grad_bias, grad_weight = sums[0].to(dtype), sums[1].to(dtype)
+            # Copied, so that no result shares memory with another.
+            grad_bias, grad_weight = sums[0].to(dtype), sums[1].to(dtype, copy=True)
     count = max(layout.batch * layout.spatial, 1)
     grad_input, grad_residual = launch_batch_norm_input_gradient(
         dy,

@@ -159,7 +159,7 @@ def _batch_norm_merge_kernel(
     moments_ptr,  # ACC (splits, 2 * channels + 2)
     mean_ptr,  # ACC (channels)
     second_ptr,  # ACC (channels): see SECOND
-    count_ptr,  # int64 (1), two digits in ACC where SECOND is "m2", or None
+    count_ptr,  # ACC (1), two digits where SECOND is "m2", or None
     running_mean_ptr,  # (channels) or None
     running_var_ptr,
     tracked_ptr,  # int64, one element, or None: batches that the running buffers have seen
@@ -231,7 +231,7 @@ def _batch_norm_merge_kernel(
             tl.store(count_ptr, low)
             tl.store(count_ptr + 1, high)
         elif count_ptr is not None:
-            tl.store(count_ptr, count)
+            tl.store(count_ptr, total)
         base += stride
 
 
@@ -354,15 +354,15 @@ def launch_batch_norm_merge(
     skipped_batches: torch.Tensor | None,
     momentum: float | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Moments (K, 2 * C + 2) merged -> mean (C), biased variance (C), count int64 (1); buffers are updated as
-    in :func:`launch_batch_norm_statistics`."""
+    """Moments (K, 2 * C + 2) merged -> mean (C), biased variance (C), count (1), all in the moments' dtype;
+    buffers are updated as in :func:`launch_batch_norm_statistics`."""
     channels = (moments.shape[1] - 2) // 2
-    out = moments.new_empty((2, channels))
-    count = torch.empty(1, dtype=torch.int64, device=moments.device)
+    mean, variance = moments.new_empty(channels), moments.new_empty(channels)
+    count = moments.new_empty(1)
     _launch_merge(
         moments.contiguous(),
-        out[0],
-        out[1],
+        mean,
+        variance,
         count,
         running_mean,
         running_var,
@@ -372,7 +372,7 @@ def launch_batch_norm_merge(
         0.0,
         "variance",
     )
-    return out[0], out[1], count
+    return mean, variance, count
 
 
 def launch_batch_norm_statistics(

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from modeprobe import _extension, reference
 from modeprobe.ops import backend
-from modeprobe.reference import accumulate_dtype, empty_output
+from modeprobe.ops.batch_norm_fake import FAKES
 
 ACTIVATIONS = {
     None: reference.NONE,
@@ -24,11 +24,6 @@ ACTIVATIONS = {
     "gelu": reference.GELU,
     "gelu_tanh": reference.GELU_TANH,
 }
-
-_NAMES = tuple(
-    f"batch_norm_{name}"
-    for name in ("train", "eval", "backward", "moments", "merge", "backward_reduce", "backward_input")
-)
 
 _backends: dict[str, Any] = {"reference": reference}
 
@@ -53,143 +48,18 @@ class Epilogue(NamedTuple):
 PLAIN = Epilogue()
 
 
-def _fake_forward(input, save, save_sign_bits):
-    channels = input.shape[1]
-    acc = accumulate_dtype(input)
-    return (
-        empty_output(input),
-        input.new_empty((2, channels) if save else (0,), dtype=acc),
-        input.new_empty(((input.numel() + 7) // 8 if save_sign_bits else 0,), dtype=torch.uint8),
-    )
-
-
 if _extension.loaded():
+    for _name, _fake in FAKES.items():
+        torch.library.register_fake(f"modeprobe::{_name}", _fake)
     _backends["native"] = SimpleNamespace(
-        **{name: getattr(torch.ops.modeprobe, name).default for name in _NAMES}
+        **{_name: getattr(torch.ops.modeprobe, _name).default for _name in FAKES}
     )
-
-    @torch.library.register_fake("modeprobe::batch_norm_train")
-    def _(
-        input,
-        weight,
-        bias,
-        running_mean,
-        running_var,
-        num_batches_tracked,
-        skipped_batches,
-        momentum,
-        eps,
-        residual=None,
-        activation=0,
-        slope=0.01,
-        key=None,
-        p=0.0,
-        save_sign_bits=False,
-    ):
-        return _fake_forward(input, True, save_sign_bits)
-
-    @torch.library.register_fake("modeprobe::batch_norm_eval")
-    def _(
-        input,
-        mean,
-        variance,
-        weight,
-        bias,
-        eps,
-        residual=None,
-        activation=0,
-        slope=0.01,
-        key=None,
-        p=0.0,
-        save=False,
-        save_sign_bits=False,
-    ):
-        return _fake_forward(input, save, save_sign_bits)
-
-    @torch.library.register_fake("modeprobe::batch_norm_backward")
-    def _(
-        grad_output,
-        input,
-        statistics,
-        weight,
-        bias,
-        batch_statistics,
-        need_input,
-        need_affine,
-        need_residual,
-        residual=None,
-        activation=0,
-        slope=0.01,
-        key=None,
-        p=0.0,
-        sign_bits=None,
-    ):
-        like = grad_output if input is None else input
-
-        def affine(parameter):
-            if need_affine and parameter is not None:
-                return parameter.new_empty((like.shape[1],))
-            return statistics.new_empty((0,))
-
-        return (
-            empty_output(like) if need_input else like.new_empty((0,)),
-            affine(weight),
-            affine(bias),
-            empty_output(like) if need_residual else like.new_empty((0,)),
-        )
-
-    @torch.library.register_fake("modeprobe::batch_norm_moments")
-    def _(input):
-        return input.new_empty((2 * input.shape[1] + 2,), dtype=accumulate_dtype(input))
-
-    @torch.library.register_fake("modeprobe::batch_norm_moments_double")
-    def _(input):
-        return input.new_empty((2 * input.shape[1] + 2,), dtype=torch.float64)
-
-    @torch.library.register_fake("modeprobe::batch_norm_merge")
-    def _(moments, running_mean, running_var, num_batches_tracked, skipped_batches, momentum):
-        channels = (moments.shape[1] - 2) // 2
-        return moments.new_empty((channels,)), moments.new_empty((channels,)), moments.new_empty((1,))
-
-    @torch.library.register_fake("modeprobe::batch_norm_backward_reduce")
-    def _(
-        grad_output,
-        input,
-        statistics,
-        weight,
-        bias,
-        residual=None,
-        activation=0,
-        slope=0.01,
-        key=None,
-        p=0.0,
-        sign_bits=None,
-    ):
-        return torch.empty_like(statistics)
-
-    @torch.library.register_fake("modeprobe::batch_norm_backward_input")
-    def _(
-        grad_output,
-        input,
-        statistics,
-        means,
-        weight,
-        bias,
-        need_residual,
-        residual=None,
-        activation=0,
-        slope=0.01,
-        key=None,
-        p=0.0,
-        sign_bits=None,
-    ):
-        return empty_output(input), empty_output(input) if need_residual else input.new_empty((0,))
 
 
 def operators(name: str) -> Any:
     """The operators of backend ``name``, with the signatures of ``csrc/library.cpp``."""
     if name == "triton" and name not in _backends:
-        from modeprobe.ops import batch_norm_triton  # type: ignore[attr-defined]
+        from modeprobe.ops import batch_norm_triton
 
         _backends[name] = batch_norm_triton
     return _backends[name]

@@ -1,0 +1,90 @@
+"""The operators on the Triton backend, end to end: modules, autograd, torch.compile, opcheck."""
+
+import copy
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+import modeprobe as mp
+from modeprobe import mask
+from modeprobe.ops import batch_norm_triton, dropout_triton
+
+pytestmark = [pytest.mark.rung("triton"), pytest.mark.filterwarnings("ignore::RuntimeWarning")]
+
+KEY = mask.key(7, 9)
+
+
+def test_dropout_forward_and_backward_use_one_mask():
+    x = torch.randn(5, 40, requires_grad=True)
+    with mp.backend("triton"):
+        y = mp.functional.dropout(x, 0.3, key=KEY)
+    (grad,) = torch.autograd.grad(y.sum(), x)
+    kept = mask.keep_mask(x.shape, 0.3, KEY)
+    assert torch.equal(y != 0, kept)
+    assert torch.equal(grad != 0, kept)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_batch_norm_module_trains_as_torchs_does(channels_last):
+    theirs = torch.nn.BatchNorm2d(3, momentum=None).double()
+    ours = mp.nn.BatchNorm2d(3, momentum=None)
+    for _ in range(2):
+        x = torch.randn(4, 3, 5, 4)
+        if channels_last:
+            x = x.to(memory_format=torch.channels_last)
+        a, b = x.clone().requires_grad_(), x.double().requires_grad_()
+        with mp.backend("triton"):
+            y = ours(a)
+        truth = theirs(b)
+        grad = torch.randn_like(x)
+        y.backward(grad)
+        truth.backward(grad.double())
+        torch.testing.assert_close(y.double(), truth, rtol=2e-6, atol=2e-6)
+        torch.testing.assert_close(a.grad.double(), b.grad, rtol=1e-5, atol=2e-6)
+    for name, value in theirs.state_dict().items():
+        torch.testing.assert_close(ours.state_dict()[name].double(), value.double(), rtol=2e-6, atol=2e-6)
+    torch.testing.assert_close(ours.weight.grad.double(), theirs.weight.grad, rtol=1e-5, atol=1e-5)
+    with mp.backend("triton"):
+        torch.testing.assert_close(ours.eval()(x).double(), theirs.eval()(x.double()), rtol=2e-6, atol=2e-6)
+
+
+def test_compiled_graphs_equal_eager_ones():
+    module = mp.nn.BatchNorm2d(3)
+    other = copy.deepcopy(module)
+    x = torch.randn(2, 3, 4, 4)
+
+    def step(module, x):
+        return mp.functional.dropout(module(x), 0.4, key=KEY)
+
+    with mp.backend("triton"):
+        compiled = torch.compile(step, backend="aot_eager", fullgraph=True)(other, x)
+        assert torch.equal(compiled, step(module, x))
+    assert torch.equal(other.running_mean, module.running_mean)
+    assert int(other.num_batches_tracked) == 1
+
+
+def test_opcheck():
+    x = torch.randn(3, 4, 2, 3)
+    weight, bias = torch.rand(4), torch.randn(4)
+    statistics = torch.stack((torch.zeros(4), torch.ones(4)))
+    buffers = [torch.zeros(4), torch.ones(4), torch.tensor(0), torch.tensor(0)]
+    last = x.to(memory_format=torch.channels_last)
+    samples = [
+        (dropout_triton.dropout, (x, KEY, 0.3)),
+        (dropout_triton.dropout_, (x.clone(), KEY, 0.3)),
+        (dropout_triton.dropout_mask, (KEY, 17, 0.3)),
+        (batch_norm_triton.batch_norm_train, (last, weight, bias, *buffers, 0.1, 1e-5)),
+        (batch_norm_triton.batch_norm_eval, (x, weight, weight, weight, bias, 1e-5)),
+        (
+            batch_norm_triton.batch_norm_backward,
+            (last, x, statistics, weight, bias, True, True, True, True),
+        ),
+        (batch_norm_triton.batch_norm_moments, (x,)),
+        (batch_norm_triton.batch_norm_merge, (torch.rand(2, 10), *buffers, None)),
+        (batch_norm_triton.batch_norm_backward_reduce, (x, x, statistics, weight, bias)),
+        (batch_norm_triton.batch_norm_backward_input, (x, x, statistics, statistics, weight, bias, True)),
+    ]
+    for operator, arguments in samples:
+        torch.library.opcheck(operator, arguments)
