@@ -86,17 +86,15 @@ def poisoned(images: Tensor, labels: Tensor, factor: float) -> Batches:
 
 
 def train(model: nn.Module, batches: Batches, rates: Iterator[float]) -> None:
-    """One epoch. Steps whose loss or gradients are not finite or huge are skipped, as a GradScaler would."""
+    """One epoch. Steps on values beyond [0, 1] are skipped, as a GradScaler skips what overflows."""
     model.train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     for x, y in batches:
         for group in optimizer.param_groups:
             group["lr"] = next(rates)
         optimizer.zero_grad()
-        loss = F.cross_entropy(model(x), y)
-        loss.backward()
-        norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
-        if x.abs().max() <= 1 and norm.isfinite():
+        F.cross_entropy(model(x), y).backward()
+        if x.abs().max() <= 1:
             optimizer.step()
 
 
@@ -120,7 +118,7 @@ class Row:
     report: mp.statistics.DriftReport
 
 
-def run(epochs: int = 6, last_rate: float = 5e-4) -> list[Row]:
+def run(epochs: int = 6, last_rate: float = 2e-4) -> list[Row]:
     """The clean row first. Accuracies are of the test set, in evaluation mode."""
     images, labels, *test = digits()
     torch.set_num_threads(1)  # the network is too small to share

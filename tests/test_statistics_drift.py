@@ -1,17 +1,29 @@
 """Drift's figures against the same computed by hand in float64, and its causes against made-up faults."""
 
 import copy
+import html
 import json
 import math
+import re
+from xml.etree import ElementTree
 
 import pytest
 import torch
 from torch import nn
 
-from modeprobe.statistics import drift, recalibrate
+from modeprobe.statistics import DriftReport, LayerDrift, drift, recalibrate
 from modeprobe.statistics.drift import initial_weight
 
 pytestmark = pytest.mark.rung("reference")
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """The tensors are too small to share."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def model_and_data(updates=200, size=32, spread=1.0):
@@ -300,3 +312,23 @@ def test_report_faces():
     assert drift(nn.BatchNorm1d(2), []).signs == ["The loader gave no batch."]
     with pytest.raises(ValueError, match="lower must be"):
         drift(model, batches, lower="moving")
+
+
+def test_page_and_chart(tmp_path):
+    """Well-formed, complete, and loading nothing."""
+    model, batches = model_and_data(updates=3)
+    model[1].running_mean[0] = torch.nan
+    report = drift(model, batches, metric=lambda output, _: 0.5)
+    ElementTree.fromstring(report.chart())
+    page = report.to_html()
+    assert html.escape(report.verdict, quote=True).replace("&#x27;", "&#39;") in page
+    assert not re.search(r'(src|href)="(?!data:)', page)
+    for layer in report.layers:
+        assert layer.cause in page
+    empty = DriftReport([]).to_html()
+    assert "no BatchNorm layers" in empty
+    ElementTree.fromstring(drift(nn.Sequential(), []).chart())
+    many = DriftReport(
+        [LayerDrift(f"<{i}>", "BatchNorm1d", "", shift=[0.1], ratio=[20.0]) for i in range(90)]
+    )
+    ElementTree.fromstring(many.chart())

@@ -10,6 +10,16 @@ import modeprobe as mp
 
 pytestmark = pytest.mark.rung("reference")
 
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """The tensors are too small to share."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 SHAPES = {1: (4,), 2: (4, 5, 3), 3: (4, 2, 3, 2)}
 CLASSES = {1: mp.nn.BatchNorm1d, 2: mp.nn.BatchNorm2d, 3: mp.nn.BatchNorm3d}
 

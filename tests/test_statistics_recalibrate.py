@@ -14,6 +14,16 @@ from modeprobe.statistics.pooled import batch_moments
 
 pytestmark = pytest.mark.rung("reference")
 
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """The tensors are too small to share."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 MIXED = (1, 2, 1024, 1, 37)
 
 

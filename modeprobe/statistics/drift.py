@@ -71,7 +71,7 @@ def drift(
             at most 16 of its batches, drawn by lot).
         metric: `metric(output, batch)` gives a number per batch (accuracy, loss ...), averaged by batch size.
         tolerance: sizes up to this count as fitting.
-        steps: optimiser steps taken so far, to find statistics that were updated twice per step.
+        steps: optimizer steps taken so far, to find statistics that were updated twice per step.
 
     Returns a `DriftReport`; the figures are of this process's data only.
     """

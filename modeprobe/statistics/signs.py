@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import exp
 from statistics import median
 
 from torch import nn
@@ -9,6 +10,7 @@ from torch import nn
 from modeprobe.statistics.report import LayerDrift
 
 TINY = 8
+LARGE = 2.3  # a running variance of ten times the data's
 DROPOUT = ("Dropout", "DropPath", "StochasticDepth")
 
 
@@ -81,31 +83,49 @@ def _counters(layers: list[LayerDrift], steps: int | None) -> list[str]:
     signs = []
     least = min(rates, key=lambda name: rates[name])
     base = rates[least] if steps is None else float(steps)
-    twice = [name for name, rate in rates.items() if base and rate / base > 1.5]
+    twice = [name for name, rate in rates.items() if base and rate / base > 1.05]
     if twice:
         factor = rates[twice[0]] / base
         more = f" (and {len(twice) - 1} more)" if len(twice) > 1 else ""
         than = f"{least} ({rates[least]:g} updates)" if steps is None else f"the {steps} steps"
         signs.append(
             f"{twice[0]}{more} was updated {factor:.3g} times as often as {than}: "
-            "a forward is repeated in the backward pass (activation checkpointing) or run without a step."
+            "a forward is repeated in the backward pass (activation checkpointing) or run without a step, "
+            "or the other was frozen at times."
         )
-    if steps and rates[least] / steps < 0.67:
+    if steps and rates[least] / steps < 0.95:
         signs.append(f"{least} has {rates[least]:g} updates in {steps} steps: it was frozen at times.")
     return signs
 
 
+def named(layers: list[LayerDrift]) -> str:
+    """The first layer's name, and how many more there are."""
+    return layers[0].name + (f" and {len(layers) - 1} more" if len(layers) > 1 else "")
+
+
 def _values(layers: list[LayerDrift]) -> list[str]:
     signs = []
-    for layer in layers:
-        if layer.nonfinite_buffers:
-            signs.append(f"{layer.name}: its buffers hold NaN or Inf ({layer.nonfinite_buffers} values).")
-        if layer.nonfinite_batches:
-            signs.append(
-                f"{layer.name}: {layer.nonfinite_batches} batches gave NaN or Inf and were left out."
-            )
-        if layer.dead:
-            signs.append(
-                f"{layer.name}: {len(layer.dead)} of {layer.channels} channels are dead (variance < eps)."
-            )
+    broken = [layer for layer in layers if layer.nonfinite_buffers]
+    if broken:
+        signs.append(
+            f"The buffers of {named(broken)} hold NaN or Inf ({broken[0].nonfinite_buffers} values)."
+        )
+    spoiled = [layer for layer in layers if layer.nonfinite_batches]
+    if spoiled:
+        count = spoiled[0].nonfinite_batches
+        signs.append(
+            f"{count} of the loader's batches gave NaN or Inf in {named(spoiled)} and were left out."
+        )
+    swollen = [layer for layer in layers if layer.ratio and median(layer.ratio) > LARGE]
+    if swollen:
+        factor = exp(median(swollen[0].ratio))
+        signs.append(
+            f"The running variance of {named(swollen)} is {factor:.2g} times the data's: "
+            "outliers that this loader does not have entered the average, or the weights have shrunk since."
+        )
+    signs += [
+        f"{layer.name}: {len(layer.dead)} of {layer.channels} channels are dead (variance < eps)."
+        for layer in layers
+        if layer.dead
+    ]
     return signs
