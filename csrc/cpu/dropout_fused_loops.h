@@ -8,7 +8,9 @@ inline bool bit(const uint64_t* bits, int64_t j) { return bits[j >> 6] >> (j & 6
 template <int kWidth, class Vector, class Scalar>
 inline void with_bits(int64_t n, const uint64_t* bits, Vector vector, Scalar scalar) {
   int64_t j = 0;
-  for (; j + kWidth <= n; j += kWidth) vector(j, bits[j >> 6] >> (j & 63));
+  if constexpr (kWidth > 1) {
+    for (; j + kWidth <= n; j += kWidth) vector(j, bits[j >> 6] >> (j & 63));
+  }
   for (; j < n; ++j) scalar(j, bit(bits, j));
 }
 
@@ -106,9 +108,9 @@ double softmax_row(const void* scores_, const RowMask& mask, int64_t n, void* bu
       return 0.0;
     }
   }
-  Acc sum = 0;
+  double sum = 0;  // what a vector's lanes add up to is rounded once, whatever their number
   j = 0;
-  if (n >= width) {
+  if (width > 1 && n >= width) {
     const auto shift = broadcast(highest);
     auto sums = broadcast(Acc(0));
     for (; j + width <= n; j += width) {
@@ -121,7 +123,7 @@ double softmax_row(const void* scores_, const RowMask& mask, int64_t n, void* bu
     for (int k = 0; k < width; ++k) sum += lane[k];
   }
   for (; j < n; ++j) sum += row[j] = exponential_of(row[j] - highest);
-  return double(Acc(1) / sum);
+  return 1.0 / sum;
 }
 
 template <class T>
@@ -156,7 +158,7 @@ double softmax_dot(const void* dy_, const void* probabilities_, int64_t n, const
   const Acc scale = Acc(scale_);
   const auto scales = broadcast(scale), zero = broadcast(Acc(0));
   auto dots = zero;
-  Acc dot = 0;
+  double dot = 0;
   with_bits<width>(
       n, bits,
       [&](int64_t j, uint64_t kept) {
@@ -166,12 +168,12 @@ double softmax_dot(const void* dy_, const void* probabilities_, int64_t n, const
       },
       [&](int64_t j, bool kept) {
         row[j] = kept ? Acc(dy[j]) * scale : Acc(0);
-        dot += row[j] * Acc(probabilities[j]);
+        dot += double(row[j]) * double(probabilities[j]);
       });
   Acc lane[width];
   store<false>(lane, dots);
   for (int k = 0; k < width; ++k) dot += lane[k];
-  return double(dot);
+  return dot;
 }
 
 template <class T>
