@@ -55,6 +55,11 @@ void dropout_(const Tensor& input, const Tensor& key, double p, int64_t offset, 
   if (is_dense(input)) {
     run(input, input, key, p, offset, scaled, p_tensor, "dropout_");
   } else {
+    for (int64_t d = 0; d < input.dim(); ++d) {
+      STD_TORCH_CHECK(
+          input.size(d) == 1 || input.stride(d) != 0,
+          "dropout_: more than one element of input refers to a single memory location; clone() it first");
+    }
     const Tensor x = torch::stable::contiguous(input);
     run(x, x, key, p, offset, scaled, p_tensor, "dropout_");
     Tensor y = input;

@@ -47,6 +47,28 @@ def transforming() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
+def _memory_order(x: Tensor) -> list[int] | None:
+    """The dimensions of ``x`` from the outermost in memory to the innermost; None for row-major.
+
+    Positions in the mask count so. A gradient or a tangent has to be laid out like the tensor that the mask
+    was applied to, or it meets another mask.
+    """
+    if x.is_contiguous() or not is_dense(x):
+        return None
+    strides = x.stride()
+    return sorted(range(x.dim()), key=lambda d: -strides[d])
+
+
+def _laid_out(x: Tensor, order: list[int] | None) -> Tensor:
+    if order is None:
+        return x if x.is_contiguous() else x.contiguous()
+    return x.permute(order).contiguous().permute([order.index(d) for d in range(len(order))])
+
+
+def _counts_memory(operator: str, rest: tuple) -> bool:
+    return operator == "dropout" or (operator == "alpha_dropout" and not rest[0])
+
+
 def _eager(function: type[Function]) -> Callable[..., Any]:
     """``function.apply`` without what it does for functorch alone: a fifth of the cost of a small tensor."""
     return super(Function, function).apply  # type: ignore[misc]
@@ -61,12 +83,15 @@ class Masked(Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        _, key, p_tensor, *ctx.arguments = inputs
+        x, key, p_tensor, *ctx.arguments = inputs
+        ctx.order = _memory_order(x)
         ctx.save_for_backward(key) if p_tensor is None else ctx.save_for_backward(key, p_tensor)
 
     @staticmethod
     def backward(ctx, grad):
         key, *p_tensor = ctx.saved_tensors
+        if _counts_memory(ctx.arguments[2], ctx.arguments[1]):
+            grad = _laid_out(grad, ctx.order)
         grad_x = derivative(grad, key, p_tensor[0] if p_tensor else None, *ctx.arguments)
         return grad_x, None, None, None, None, None, None
 
@@ -83,6 +108,8 @@ class MaskedTransforms(Masked):
     @staticmethod
     def jvp(ctx, tangent, *_):
         key, *p_tensor = ctx.saved_tensors
+        if _counts_memory(ctx.arguments[2], ctx.arguments[1]):
+            tangent = _laid_out(tangent, ctx.order)
         return derivative(tangent, key, p_tensor[0] if p_tensor else None, *ctx.arguments)
 
     @staticmethod
@@ -106,13 +133,12 @@ def _same_mask(x, dim, key, p_tensor, p, rest, operator, name):
     """A batch of examples under one mask: the mask of an example, shared along the batch."""
     x = x.movedim(dim, 0)
     order = list(range(x.dim()))
-    if operator == "structured_dropout" or (operator == "alpha_dropout" and rest[0]):
+    if not _counts_memory(operator, rest):
         rest = ([0, *(d + 1 for d in rest[0])], *rest[1:])
     else:
-        example = x[0] if x.shape[0] else x.new_empty(x.shape[1:])
-        if not example.is_contiguous() and is_dense(example):
-            # Positions count in the example's memory order: lay its dimensions out accordingly.
-            order[1:] = sorted(order[1:], key=lambda d: -x.stride(d))
+        within = _memory_order(x[0] if x.shape[0] else x.new_empty(x.shape[1:]))
+        if within is not None:
+            order[1:] = [d + 1 for d in within]
         offset, *others = (rest[0], rest[1]) if operator == "dropout" else (rest[2], rest[1])
         if operator == "dropout":
             operator, rest = "structured_dropout", ([0], offset, *others)
@@ -169,8 +195,8 @@ def masked_(
     if x.requires_grad and torch.is_grad_enabled():
         return DropoutInplace.apply(x, key, p_tensor, p, rest, "dropout", name)
     operators(name).dropout_(x, key, p, *rest, p_tensor)
-    if not torch.compiler.is_compiling() and not x.is_inference():
-        torch.autograd.graph.increment_version(x)  # which operators of a C++ library do not
+    if name == "native" and not torch.compiler.is_compiling() and not x.is_inference():
+        torch.autograd.graph.increment_version(x)  # operators of a C++ library do not
     return x
 
 
@@ -224,7 +250,12 @@ def bias_dropout_add(
     if torch.is_grad_enabled() and (
         x.requires_grad or residual.requires_grad or (bias is not None and bias.requires_grad)
     ):
-        apply = BiasDropoutAdd.apply if torch.compiler.is_compiling() else _bias_dropout_add
+        apply = _bias_dropout_add
+        if torch.compiler.is_compiling():
+            apply = BiasDropoutAdd.apply
+            # Dynamo wants every tensor once.
+            residual = residual.view_as(residual) if residual is x else residual
+            bias = bias.view_as(bias) if bias is x or bias is residual else bias
         return apply(x, bias, residual, key, p_tensor, p, offset, name)
     return operators(name).bias_dropout_add(x, bias, residual, key, p, offset, p_tensor)
 

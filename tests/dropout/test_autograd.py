@@ -1,0 +1,213 @@
+"""Derivatives of every order and mode, and torch.func, for the dropout family."""
+
+import pytest
+import torch
+from torch.autograd import gradcheck, gradgradcheck
+from torch.func import grad, jvp, vmap
+
+import modeprobe as mp
+from modeprobe import _extension, mask
+from modeprobe import functional as F
+
+pytestmark = pytest.mark.rung("reference")
+
+KEY = mask.key(5, 6)
+BACKENDS = ["native", "reference"] if _extension.loaded() else ["reference"]
+
+FUNCTIONS = {
+    "dropout": lambda x: F.dropout(x, 0.3, key=KEY),
+    "dropout of a tensor p": lambda x: F.dropout(x, torch.tensor(0.3), key=KEY),
+    "in place": lambda x: F.dropout(x * 1, 0.3, key=KEY, inplace=True),
+    "classic": lambda x: F.dropout(x, 0.3, key=KEY, scaling="classic"),
+    "rows": lambda x: F.dropout(x, 0.3, key=KEY, mask_shape=(x.shape[0], 1)),
+    "dropout1d": lambda x: F.dropout1d(x, 0.3, key=KEY),
+    "dropout1d in place": lambda x: F.dropout1d(x * 1, 0.3, key=KEY, inplace=True),
+    "drop_path": lambda x: F.drop_path(x, 0.3, key=KEY),
+    "alpha_dropout": lambda x: F.alpha_dropout(x, 0.3, True, key=KEY),
+    "feature_alpha_dropout": lambda x: F.feature_alpha_dropout(
+        x[..., None].expand(-1, -1, 3), 0.3, True, key=KEY
+    ),
+    "bias_dropout_add": lambda x: F.bias_dropout_add(x, x[0] * 2, x.sin(), 0.3, key=KEY),
+    "softmax_dropout": lambda x: F.softmax_dropout(x, 0.3, key=KEY),
+    "softmax_dropout, mask": lambda x: F.softmax_dropout(x, 0.3, x.detach() > -0.5, key=KEY),
+    "softmax_dropout, added": lambda x: F.softmax_dropout(x, 0.3, x[:1].sin(), key=KEY),
+}
+
+
+@pytest.fixture(params=FUNCTIONS)
+def function(request):
+    return FUNCTIONS[request.param]
+
+
+@pytest.fixture(params=BACKENDS, autouse=True)
+def backend(request):
+    with mp.backend(request.param):
+        yield
+
+
+def example(*shape):
+    return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+
+
+def test_first_derivatives(function):
+    gradcheck(
+        function,
+        example(6, 5),
+        check_forward_ad=True,
+        check_batched_grad=True,
+        check_batched_forward_grad=True,
+    )
+
+
+def test_second_derivatives(function):
+    gradgradcheck(function, example(6, 5), check_fwd_over_rev=True, check_rev_over_rev=True)
+
+
+def test_derivatives_by_all_arguments():
+    x, bias, residual = example(6, 5), example(5), example(6, 5)
+
+    def add(*tensors):
+        return F.bias_dropout_add(*tensors, 0.3, key=KEY)
+
+    gradcheck(add, (x, bias, residual), check_forward_ad=True)
+    gradgradcheck(add, (x, bias, residual))
+
+    def softmax(scores, attended):
+        return F.softmax_dropout(scores, 0.3, attended, key=KEY)
+
+    for attended in (example(6, 5), example(1, 5), example(6, 1), example(5)):
+        gradcheck(softmax, (x, attended), check_forward_ad=True)
+        gradgradcheck(softmax, (x, attended))
+
+
+def test_only_some_arguments_want_gradients():
+    tensors = [torch.randn(6, 5), torch.randn(5), torch.randn(6, 5)]
+    everything = [tensor.clone().requires_grad_() for tensor in tensors]
+    weight = torch.randn(6, 5)
+    F.bias_dropout_add(*everything, 0.3, key=KEY).backward(weight)
+    for wanted in range(1, 8):
+        some = [tensor.clone().requires_grad_(bool(wanted >> i & 1)) for i, tensor in enumerate(tensors)]
+        F.bias_dropout_add(*some, 0.3, key=KEY).backward(weight)
+        for i, tensor in enumerate(some):
+            assert (tensor.grad is not None) == bool(wanted >> i & 1)
+            if tensor.grad is not None:
+                torch.testing.assert_close(tensor.grad, everything[i].grad)
+
+
+def test_forward_and_backward_drop_the_same_elements():
+    x = torch.randn(257, 31, requires_grad=True)
+    y = F.dropout(x, 0.37)
+    y.sum().backward()
+    assert torch.equal(y == 0, x.grad == 0)
+    assert torch.equal(
+        F.dropout(torch.ones(3, 5), 0.5, key=KEY, offset=7), 2.0 * F.dropout_mask((3, 5), 0.5, KEY, 7)
+    )
+
+
+@pytest.mark.parametrize(
+    "make_grad",
+    [
+        lambda y: torch.ones(()).expand_as(y),
+        lambda y: torch.rand(y.shape[::-1]).t() + 1,
+        lambda y: (torch.rand(y.shape[0], 2 * y.shape[1]) + 1)[:, ::2],
+    ],
+    ids=["expanded", "transposed", "strided"],
+)
+def test_gradients_of_any_strides(make_grad):
+    """The mask belongs to positions of the forward tensor, whatever the strides of the gradient."""
+    for function in (FUNCTIONS["dropout"], FUNCTIONS["rows"], FUNCTIONS["alpha_dropout"]):
+        for x in (torch.randn(6, 5), torch.randn(5, 6).t(), torch.randn(6, 10)[:, ::2]):
+            x = x.detach().requires_grad_()
+            y = function(x)
+            incoming = make_grad(y)
+            (strided,) = torch.autograd.grad(y, x, incoming, retain_graph=True)
+            dense = torch.empty_like(y).copy_(incoming)
+            (expected,) = torch.autograd.grad(y, x, dense)
+            torch.testing.assert_close(strided, expected)
+            kept = function(torch.ones_like(x)) != function(torch.zeros_like(x))
+            assert torch.equal(strided != 0, kept)
+
+
+def test_accumulation_and_set_to_none():
+    x = torch.randn(100, requires_grad=True)
+    optimizer = torch.optim.SGD([x], lr=0.0)
+    F.dropout(x, 0.3, key=KEY).sum().backward()
+    first = x.grad.clone()
+    F.dropout(x, 0.3, key=KEY).sum().backward()
+    assert torch.equal(x.grad, 2 * first)
+    optimizer.zero_grad(set_to_none=True)
+    F.dropout(x, 0.3, key=KEY).sum().backward()
+    assert torch.equal(x.grad, first)
+
+
+@pytest.mark.parametrize("dim", [0, 1, 2])
+def test_vmap_under_one_key(dim):
+    """Each example gets the mask that it would get alone."""
+    batch = torch.randn(4, 6, 5, dtype=torch.float64).movedim(0, dim)
+    for name, function in FUNCTIONS.items():
+        expected = torch.stack([function(x) for x in batch.unbind(dim)])
+        torch.testing.assert_close(vmap(function, in_dims=dim)(batch), expected, msg=name)
+
+
+def test_vmap_over_transposed_examples():
+    batch = torch.randn(4, 5, 6).transpose(1, 2)
+    for name in ("dropout", "alpha_dropout", "rows"):
+        expected = torch.stack([FUNCTIONS[name](x) for x in batch])
+        torch.testing.assert_close(vmap(FUNCTIONS[name])(batch), expected)
+
+
+def test_vmap_over_keys_and_probabilities():
+    keys = torch.stack([mask.fold_in(KEY, n) for n in range(3)])
+    rates = torch.tensor([0.0, 0.5, 1.0])
+    x = torch.randn(8, 9)
+    y = vmap(lambda key, p: F.dropout(x, p, key=key))(keys, rates)
+    for b in range(3):
+        assert torch.equal(y[b], F.dropout(x, rates[b], key=keys[b]))
+
+
+def test_vmap_randomness():
+    ones = torch.ones(4, 100)
+    same = vmap(lambda x: F.dropout(x, 0.5), randomness="same")(ones)
+    assert (same == same[0]).all()
+    different = vmap(lambda x: F.dropout(x, 0.5), randomness="different")(ones)
+    assert len({tuple(row.tolist()) for row in different}) == 4
+    with pytest.raises(RuntimeError, match="randomness"):
+        vmap(lambda x: F.dropout(x, 0.5))(ones)
+
+
+def test_gradients_per_example():
+    batch = torch.randn(4, 6, 5, dtype=torch.float64, requires_grad=True)
+    for name, function in FUNCTIONS.items():
+        ours = vmap(grad(lambda x, function=function: function(x).square().sum()))(batch.detach())
+        (expected,) = torch.autograd.grad(sum(function(x).square().sum() for x in batch), batch)
+        torch.testing.assert_close(ours, expected, msg=name)
+
+
+def test_forward_mode_of_a_plain_tensor():
+    """A dual number without requires_grad keeps its tangent."""
+    x, tangent = torch.randn(6, 5), torch.randn(6, 5)
+    for name in ("dropout", "alpha_dropout", "dropout1d", "in place"):
+        _, ours = jvp(FUNCTIONS[name], (x,), (tangent,))
+        slope = FUNCTIONS[name](torch.ones(6, 5)) - FUNCTIONS[name](torch.zeros(6, 5))
+        torch.testing.assert_close(ours, slope * tangent)
+        with torch.autograd.forward_ad.dual_level():
+            dual = torch.autograd.forward_ad.make_dual(x, tangent)
+            _, ours = torch.autograd.forward_ad.unpack_dual(FUNCTIONS[name](dual))
+        torch.testing.assert_close(ours, slope * tangent)
+
+
+def test_in_place_rules_of_autograd():
+    leaf = torch.randn(5, requires_grad=True)
+    with pytest.raises(RuntimeError, match="leaf Variable"):
+        F.dropout(leaf, 0.5, inplace=True)
+    x = leaf * 1
+    squared = x.square()
+    F.dropout(x, 0.5, inplace=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        squared.sum().backward()
+    plain = torch.randn(5)
+    version = plain._version
+    F.dropout(plain, 0.5, inplace=True)
+    assert plain._version == version + 1
+    with torch.inference_mode():
+        F.dropout(torch.randn(5), 0.5, inplace=True)

@@ -1,0 +1,261 @@
+"""The dropout family under torch's own tools: opcheck, compile, checkpointing, export, autocast, hooks."""
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounter
+from torch.utils.checkpoint import checkpoint
+
+import modeprobe as mp
+from modeprobe import _extension, mask
+from modeprobe import functional as F
+
+pytestmark = pytest.mark.rung("reference")
+NOT_BUILT = "the compiled library is not built: pip install -e ."
+compiled = pytest.mark.skipif(not _extension.loaded(), reason=NOT_BUILT)
+
+KEY = mask.key(31, 32)
+P = torch.tensor(0.3, dtype=torch.float64)
+
+
+def opchecks():
+    x, residual = torch.randn(6, 5), torch.randn(6, 5)
+    images = torch.randn(2, 3, 4, 5).contiguous(memory_format=torch.channels_last)
+    probabilities = torch.rand(6, 5)
+    for tensor in (x, x.half(), x.t(), torch.randn(6, 10)[:, ::2], torch.randn(5).expand(6, 5), images):
+        yield "dropout", (tensor, KEY, 0.3, 3)
+        yield "dropout", (tensor, KEY, 0.0, 0, True, P)
+        yield "structured_dropout", (tensor, KEY, 0.3, [1], 3)
+        yield "alpha_dropout", (tensor, KEY, 0.3, [], False, 3)
+        yield "alpha_dropout", (tensor, KEY, 0.3, [0], True, 3)
+    for tensor in (x.clone(), x.t().clone(), images.clone()):
+        yield "dropout_", (tensor, KEY, 0.3, 3)
+    yield "dropout_mask", (KEY, 100, 0.3, 3)
+    yield "fold_in", (KEY, 3)
+    yield "bias_dropout_add", (x, torch.randn(5), residual, KEY, 0.3, 3)
+    yield "bias_dropout_add", (x.t(), None, residual.t(), KEY, 0.3)
+    yield "bias_dropout_add_backward", (x, KEY, 0.3, 3)
+    yield "bias_dropout_add_backward", (torch.ones(()).expand(6, 5), KEY, 0.3, 3)
+    for attended in (None, x > 0, torch.randn(1, 5)):
+        yield "softmax_dropout", (x, attended, KEY, 0.3, True, 3)
+    yield "softmax_dropout", (x.t(), None, KEY, 0.3, False)
+    yield "softmax_dropout_backward", (x, probabilities, KEY, 0.3, 3)
+
+
+@compiled
+@pytest.mark.parametrize(("name", "arguments"), list(opchecks()) if _extension.loaded() else [])
+def test_opcheck(name, arguments):
+    torch.library.opcheck(getattr(torch.ops.modeprobe, name).default, arguments)
+
+
+FUNCTIONS = {
+    "dropout": lambda x, p: F.dropout(x, p, key=KEY),
+    "transposed": lambda x, p: F.dropout(x.t(), p, key=KEY),
+    "sliced": lambda x, p: F.dropout(x[:, ::2], p, key=KEY),
+    "in place": lambda x, p: F.dropout(x * 1, p, key=KEY, inplace=True),
+    "rows": lambda x, p: F.dropout(x, p, key=KEY, mask_shape=(x.shape[0], 1)),
+    "alpha_dropout": lambda x, p: F.alpha_dropout(x, p, True, key=KEY),
+    "bias_dropout_add": lambda x, p: F.bias_dropout_add(x, x[0], x, p, key=KEY),
+    "softmax_dropout": lambda x, p: F.softmax_dropout(x, p, key=KEY),
+    "mask": lambda x, p: x * F.dropout_mask(x.shape, p, KEY),
+    "folded key": lambda x, p: F.dropout(x, p, key=mask.fold_in(KEY, 3)),
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("backend", ["native", "reference"])
+@pytest.mark.parametrize("engine", ["aot_eager", "inductor"])
+def test_compile_equals_eager(name, backend, engine):
+    if backend == "native" and not _extension.loaded():
+        pytest.skip(NOT_BUILT)
+    if engine == "inductor" and name not in ("dropout", "transposed", "in place"):
+        pytest.skip("one engine suffices here: Inductor sees the same opaque operators")
+    torch._dynamo.reset()
+    function = FUNCTIONS[name]
+    with mp.backend(backend):
+        fast = torch.compile(lambda x, p: function(x, p) * 2, fullgraph=True, backend=engine)
+        for p in (0.3, torch.tensor(0.3)):
+            x = torch.randn(12, 10, requires_grad=True)
+            ours, expected = fast(x, p), function(x, p) * 2
+            torch.testing.assert_close(ours, expected)
+            assert ours.stride() == expected.stride()
+            grads = [torch.autograd.grad(y.square().sum(), x)[0] for y in (ours, expected)]
+            torch.testing.assert_close(*grads)
+
+
+def test_a_new_p_tensor_does_not_recompile():
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    fast = torch.compile(lambda x, p: F.dropout(x, p, key=KEY), backend=counter, fullgraph=True)
+    x = torch.randn(64)
+    for p in (0.1, 0.2, 0.0, 1.0):
+        assert torch.equal(fast(x, torch.tensor(p)), F.dropout(x, p, key=KEY))
+    assert counter.frame_count == 1
+
+
+def test_another_backend_recompiles():
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    fast = torch.compile(lambda x: F.dropout(x, 0.5, key=KEY), backend=counter, fullgraph=True)
+    x = torch.randn(64)
+    expected = F.dropout(x, 0.5, key=KEY)
+    for _ in range(2):
+        for name in ("auto", "reference"):
+            with mp.backend(name):
+                assert torch.equal(fast(x), expected)
+    assert counter.frame_count == (2 if _extension.loaded() else 1)
+
+
+def test_compiled_calls_draw_fresh_keys_from_the_seed():
+    torch._dynamo.reset()
+    fast = torch.compile(lambda x: F.dropout(x, 0.5), fullgraph=True)
+    x = torch.ones(1000)
+    torch.manual_seed(1)
+    first, second = fast(x), fast(x)
+    assert not torch.equal(first, second)
+    torch.manual_seed(1)
+    assert torch.equal(fast(x), first)
+    assert 400 < (first == 0).sum() < 600
+
+
+def test_compiled_forward_and_backward_drop_the_same_elements():
+    torch._dynamo.reset()
+    fast = torch.compile(lambda x: F.dropout(x.sin(), 0.5), fullgraph=True)
+    x = torch.rand(1000, requires_grad=True)
+    y = fast(x + 0.1)
+    (grad,) = torch.autograd.grad(y.sum(), x)
+    assert torch.equal(y == 0, grad == 0)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("given", [True, False])
+def test_checkpointing_recomputes_the_same_mask(reentrant, given):
+    key = KEY if given else None
+    calls = []
+
+    def block(x):
+        calls.append(1)
+        return F.dropout(F.alpha_dropout(x.exp(), 0.3, True, key=key), 0.4, key=key).square()
+
+    x = torch.randn(200, requires_grad=True)
+    torch.manual_seed(1)
+    checkpoint(block, x, use_reentrant=reentrant).sum().backward()
+    assert len(calls) == 2
+    torch.manual_seed(1)
+    (expected,) = torch.autograd.grad(block(x).sum(), x)
+    assert torch.equal(x.grad, expected)
+
+
+def test_the_generator_decides_like_any_random_operation():
+    x = torch.ones(100)
+    torch.manual_seed(4)
+    first = F.dropout(x, 0.5)
+    with torch.random.fork_rng():
+        F.dropout(x, 0.5)
+    second = F.dropout(x, 0.5)
+    torch.manual_seed(4)
+    assert torch.equal(F.dropout(x, 0.5), first)
+    assert torch.equal(F.dropout(x, 0.5), second)
+
+
+SAVED = {
+    "dropout": (lambda x: F.dropout(x, 0.3), [16]),
+    "in place": (lambda x: F.dropout(x + 1, 0.3, inplace=True), [16]),
+    "channels": (lambda x: F.dropout1d(x, 0.3), [16]),
+    "alpha_dropout": (lambda x: F.alpha_dropout(x, 0.3, True), [16]),
+    "p as a tensor": (lambda x: F.dropout(x, torch.tensor(0.3)), [16, 8]),
+    "bias_dropout_add": (lambda x: F.bias_dropout_add(x, torch.ones(50), x, 0.3), [16]),
+    "softmax_dropout": (lambda x: F.softmax_dropout(x, 0.3), [40 * 50 * 4, 16]),
+    "softmax_dropout, mask": (lambda x: F.softmax_dropout(x, 0.3, x > 0), [40 * 50 * 4, 16]),
+}
+
+
+@pytest.mark.parametrize("name", SAVED)
+def test_what_is_saved_for_backward(name):
+    function, expected = SAVED[name]
+    sizes = []
+    x = torch.randn(40, 50, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.nbytes) or t, lambda t: t):
+        y = function(x)
+    assert sizes == expected
+    y.sum().backward()
+
+
+def test_saved_keys_can_be_offloaded():
+    x = torch.randn(100, requires_grad=True)
+    with torch.autograd.graph.save_on_cpu():
+        y = F.dropout(x, 0.5)
+    y.sum().backward()
+    assert torch.equal(y == 0, x.grad == 0)
+
+
+class Model(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(8, 8)
+        self.drop = mp.nn.Dropout(0.5)
+
+    def forward(self, x):
+        return self.drop(self.linear(x))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_export(training):
+    model, x = Model().train(training), torch.randn(4, 8)
+    program = torch.export.export(model, (x,))
+    names = [str(node.target) for node in program.graph.nodes]
+    assert any("dropout" in name for name in names) == (training and _extension.loaded())
+    torch.manual_seed(7)
+    expected = model(x)
+    torch.manual_seed(7)
+    assert torch.equal(program.module()(x), expected)
+
+
+def test_export_of_the_batch_size():
+    model, x = Model().train(), torch.randn(4, 8)
+    program = torch.export.export(model, (x,), dynamic_shapes={"x": {0: torch.export.Dim("n", min=2)}})
+    assert program.module()(torch.randn(9, 8)).shape == (9, 8)
+
+
+def test_dynamic_shapes_do_not_recompile():
+    torch._dynamo.reset()
+    counter = CompileCounter()
+
+    def function(x):
+        return F.dropout2d(F.dropout(x, 0.5, key=KEY), 0.5, key=KEY)
+
+    fast = torch.compile(function, backend=counter, fullgraph=True, dynamic=True)
+    for n in (7, 8, 9):
+        x = torch.randn(n, 3, 4, 5)
+        assert torch.equal(fast(x), function(x))
+    assert counter.frame_count == 1
+
+
+def test_autocast_leaves_the_dtype_alone():
+    with torch.autocast("cpu", torch.bfloat16):
+        x = torch.randn(4, 4) @ torch.randn(4, 4)
+        assert x.dtype == torch.bfloat16
+        assert F.dropout(x, 0.5).dtype == torch.bfloat16
+        assert F.dropout(x.float(), 0.5).dtype == torch.float32
+        assert F.softmax_dropout(x, 0.5).dtype == torch.bfloat16
+        assert F.bias_dropout_add(x, x[0], x, 0.5).dtype == torch.bfloat16
+
+
+def test_tensor_subclasses_are_asked():
+    class Named(torch.Tensor):
+        called = None
+
+        @classmethod
+        def __torch_function__(cls, function, types, args=(), kwargs=None):
+            cls.called = function
+            return super().__torch_function__(function, types, args, kwargs or {})
+
+    x = torch.randn(8).as_subclass(Named)
+    y = F.dropout(x, 0.5, key=KEY)
+    assert Named.called is F.dropout
+    assert torch.equal(y.as_subclass(torch.Tensor), F.dropout(x.as_subclass(torch.Tensor), 0.5, key=KEY))
+
+
+def test_meta_tensors():
+    x = torch.empty(4, 6, device="meta")
+    assert F.dropout(x, 0.5).device.type == "meta"
+    assert F.dropout2d(torch.empty(2, 3, 4, 5, device="meta"), 0.5).shape == (2, 3, 4, 5)
