@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+import modeprobe as mp
 from modeprobe.statistics import DriftReport, LayerDrift, drift, recalibrate
 from modeprobe.statistics.drift import initial_weight
 
@@ -332,3 +333,12 @@ def test_page_and_chart(tmp_path):
         [LayerDrift(f"<{i}>", "BatchNorm1d", "", shift=[0.1], ratio=[20.0]) for i in range(90)]
     )
     ElementTree.fromstring(many.chart())
+
+
+def test_in_the_probes_report():
+    model, batches = model_and_data(updates=3)
+    report = mp.probe(model, batches[0], loader=batches)
+    assert report.drift.layers[0].cause == "initial value"
+    assert " ".join(report.drift.verdict.split()) in " ".join(str(report).split())
+    assert json.loads(report.to_json())["drift"]["layers"][0]["name"] == "1"
+    assert mp.probe(model, batches[0]).drift is None

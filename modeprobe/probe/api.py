@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import nn
@@ -25,6 +25,7 @@ def probe(
     step: Callable[[nn.Module], Any] | None = None,
     gradients: bool = False,
     generate: bool | None = None,
+    loader: Iterable[Any] | None = None,
     progress: bool | None = None,
     **kwargs: Any,
 ) -> Report:
@@ -44,6 +45,8 @@ def probe(
             there is one, else of the sum of the floating outputs.
         generate: compare greedy `model.generate(...)` in both modes; None does so where the model has such a
             method and takes `input_ids`.
+        loader: batches of data, for models with BatchNorm: also compare the running statistics with exact
+            ones over them, as `mp.drift(model, loader)` does, in `report.drift`.
         progress: show progress on standard error; None shows it once the probe has run for two seconds.
 
     Returns:
@@ -71,6 +74,10 @@ def probe(
         generation = compare_generation(bench, call, generate, show)
         report = judge(bench, seen, attributor.found, generation)
     report.forwards = call.forwards
+    if loader is not None:
+        from modeprobe.statistics import drift
+
+        report.drift = drift(model, loader, progress=progress)
     return report
 
 

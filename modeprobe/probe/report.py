@@ -6,7 +6,10 @@ import dataclasses
 import json
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from modeprobe.statistics.report import DriftReport
 
 from modeprobe.probe.leaves import LeafDifference
 
@@ -138,6 +141,7 @@ class Report:
     mixed: list[str] = field(default_factory=list)
     mutations: list[Mutation] = field(default_factory=list)
     batch_norms: list[BatchNormInfo] = field(default_factory=list)
+    drift: DriftReport | None = None  # of the running statistics, where a loader was given
     output_leaves: int = 0
     output_differences: list[LeafDifference] = field(default_factory=list)
     main_output_same: bool = False

@@ -78,6 +78,8 @@ def facts(report: Report) -> list[str]:
     for source in dict.fromkeys(b.source for b in report.batch_norms):
         norms = [b for b in report.batch_norms if b.source == source]
         lines.append(f"batch norm in eval mode uses {source}: {len(norms)} ({_some(b.path for b in norms)})")
+    if report.drift is not None:
+        lines += [report.drift.verdict, *report.drift.signs]
     lines += [f"{f.mode} mode, {f.phase}: {f.error}" for f in report.failures]
     return lines + report.notes
 
