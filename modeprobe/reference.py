@@ -121,7 +121,7 @@ def batch_norm(
     return y.to(x.dtype)
 
 
-def _fold(
+def fold(
     running_mean: Tensor | None,
     running_var: Tensor | None,
     num_batches_tracked: Tensor | None,
@@ -196,7 +196,7 @@ def batch_norm_train(
     if input.numel() == 0:
         mean, variance = torch.zeros_like(mean), torch.zeros_like(variance)
     count = input.numel() // max(1, input.shape[1])
-    _fold(
+    fold(
         running_mean,
         running_var,
         num_batches_tracked,
@@ -327,7 +327,7 @@ def batch_norm_merge(moments, running_mean, running_var, num_batches_tracked, sk
     mean = torch.where(counts > 0, means * (counts / count.clamp(min=1)), 0.0).sum(0)
     squares = torch.where(counts > 0, m2 + counts * (means - mean).square(), 0.0).sum(0)
     variance = squares / count.clamp(min=1)
-    _fold(running_mean, running_var, num_batches_tracked, skipped_batches, momentum, mean, variance, count)
+    fold(running_mean, running_var, num_batches_tracked, skipped_batches, momentum, mean, variance, count)
     return mean, variance, count
 
 

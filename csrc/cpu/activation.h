@@ -9,11 +9,8 @@ INLINE D map_lanes(D v, const Map& f) {
   return from_array<D>(lane);
 }
 
-INLINE D sigmoid(D z) {
-  return map_lanes(z, [](double t) { return 1 / (1 + __builtin_exp(-t)); });
-}
-INLINE D hyperbolic_tangent(D z) {
-  return map_lanes(z, [](double t) { return __builtin_tanh(t); });
+INLINE D exponential(D x) {
+  return map_lanes(x, [](double t) { return __builtin_exp(t); });
 }
 INLINE D normal_cdf(D z) {
   return map_lanes(z, [](double t) { return 0.5 * __builtin_erfc(-t * 0.70710678118654752440); });
@@ -21,58 +18,92 @@ INLINE D normal_cdf(D z) {
 INLINE D normal_density(D z) {
   return map_lanes(z, [](double t) { return 0.39894228040143267794 * __builtin_exp(-0.5 * t * t); });
 }
-INLINE F narrow(D v) {
-  double wide[kLanes];
-  float lane[kLanes];
-  to_array(v, wide);
-  for (int i = 0; i < kLanes; ++i) lane[i] = float(wide[i]);
-  return from_array<F>(lane);
+// exp to about 1 ulp: x = n ln 2 + r, a Taylor polynomial for exp(r), and n into the exponent.
+INLINE F exponential(F x) {
+  const F lowest = splat<F>(-87.33f), highest = splat<F>(88.3f);
+  x = where_less(x, lowest, lowest, x);
+  x = where_less(highest, x, highest, x);
+  const F magic = splat<F>(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, in the low bits
+  const F shifted = x * splat<F>(1.44269504f) + magic;
+  const F n = shifted - magic;
+  const F r = x - n * splat<F>(0.693359375f) - n * splat<F>(-2.12194440e-4f);
+  F p = splat<F>(1.0f / 5040);
+  const float inverse_factorials[] = {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f};
+  for (const float c : inverse_factorials) p = p * r + splat<F>(c);
+  F power;
+  for (int k = 0; k < F::kCount; ++k) {
+    WordRegister w;
+    __builtin_memcpy(&w, &shifted.r[k], sizeof w);
+    w = (w + 127u) << 23;
+    __builtin_memcpy(&power.r[k], &w, sizeof w);
+  }
+  return p * power;
 }
-INLINE F sigmoid(F z) { return narrow(sigmoid(widen(z))); }
-INLINE F hyperbolic_tangent(F z) { return narrow(hyperbolic_tangent(widen(z))); }
-INLINE F normal_cdf(F z) { return narrow(normal_cdf(widen(z))); }
-INLINE F normal_density(F z) { return narrow(normal_density(widen(z))); }
+
+INLINE F normal_density(F z) { return splat<F>(0.39894228f) * exponential(splat<F>(-0.5f) * z * z); }
+
+// Abramowitz and Stegun, Handbook of Mathematical Functions (1964), 7.1.26: absolute error 1e-7.
+INLINE F normal_cdf(F z) {
+  const F zero = splat<F>(0), one = splat<F>(1);
+  const F x = where_less(z, zero, zero - z, z) * splat<F>(0.70710678f);
+  const F t = one / (one + splat<F>(0.3275911f) * x);
+  F p = splat<F>(1.061405429f);
+  const float coefficients[] = {-1.453152027f, 1.421413741f, -0.284496736f, 0.254829592f, 0.0f};
+  for (const float c : coefficients) p = p * t + splat<F>(c);
+  const F tail = splat<F>(0.5f) * p * exponential(zero - x * x);
+  return where_less(z, zero, tail, one - tail);
+}
 
 constexpr double kTanhScale = 0.79788456080286535588;  // sqrt(2 / pi)
 constexpr double kTanhCubic = 0.044715;
 
+// sigmoid(v) and 1 - sigmoid(v), without cancellation in either.
 template <class V>
-static __attribute__((noinline)) V activate(V z, int activation) {
+struct Sigmoid {
+  V value, rest;
+};
+
+template <class V>
+INLINE Sigmoid<V> sigmoid(V v) {
+  const V e = exponential(splat<V>(0) - v), one = splat<V>(1);
+  const V s = one / (one + e);
+  return {s, e * s};
+}
+
+// The tanh form of GELU is z * sigmoid(2 u), u = sqrt(2 / pi) * (z + 0.044715 z^3).
+template <class V>
+INLINE V twice_tanh_argument(V z) {
   using S = typename V::Scalar;
-  const V half = splat<V>(S(0.5)), one = splat<V>(S(1));
+  return z * (splat<V>(S(2 * kTanhScale)) + splat<V>(S(2 * kTanhScale * kTanhCubic)) * (z * z));
+}
+
+template <class V>
+OUTLINE V activate(V z, int activation) {
   switch (activation) {
     case kSilu:
-      return z * sigmoid(z);
+      return z * sigmoid(z).value;
     case kGelu:
       return z * normal_cdf(z);
-    default: {
-      const V inner = splat<V>(S(kTanhScale)) * (z + splat<V>(S(kTanhCubic)) * z * z * z);
-      return half * z * (one + hyperbolic_tangent(inner));
-    }
+    default:
+      return z * sigmoid(twice_tanh_argument(z)).value;
   }
 }
 
 template <class V>
-static __attribute__((noinline)) V derivative(V z, int activation) {
+OUTLINE V derivative(V z, int activation) {
   using S = typename V::Scalar;
-  const V half = splat<V>(S(0.5)), one = splat<V>(S(1));
+  const V one = splat<V>(S(1));
   switch (activation) {
-    case kLeakyRelu:
-    case kRelu:
-    case kNone:
-      return one;
     case kSilu: {
-      const V s = sigmoid(z);
-      return s * (one + z * (one - s));
+      const Sigmoid<V> s = sigmoid(z);
+      return s.value * (one + z * s.rest);
     }
     case kGelu:
       return normal_cdf(z) + z * normal_density(z);
     default: {
-      const V cubic = splat<V>(S(kTanhCubic));
-      const V inner = splat<V>(S(kTanhScale)) * (z + cubic * z * z * z);
-      const V slope = splat<V>(S(kTanhScale)) * (one + splat<V>(S(3)) * cubic * z * z);
-      const V t = hyperbolic_tangent(inner);
-      return half * (one + t) + half * z * (one - t * t) * slope;
+      const Sigmoid<V> s = sigmoid(twice_tanh_argument(z));
+      const V slope = splat<V>(S(2 * kTanhScale)) + splat<V>(S(6 * kTanhScale * kTanhCubic)) * (z * z);
+      return s.value * (one + z * s.rest * slope);
     }
   }
 }

@@ -21,8 +21,7 @@ INLINE void for_span(int64_t begin, int64_t n, bool on_bytes, const Body& body) 
 template <class V>
 struct OfPlane {
   V value;
-  INLINE_MEMBER OfPlane(const typename V::Scalar* p, int64_t channel)
-      : value(splat<V>(p ? p[channel] : typename V::Scalar(0))) {}
+  INLINE_MEMBER OfPlane(const typename V::Scalar* p, int64_t channel) : value(splat<V>(p[channel])) {}
   template <class L>
   INLINE_MEMBER V at(int64_t, L) const {
     return value;
@@ -35,7 +34,7 @@ struct OfRow {
   INLINE_MEMBER OfRow(const typename V::Scalar* pointer, int64_t) : p(pointer) {}
   template <class L>
   INLINE_MEMBER V at(int64_t j, L lanes) const {
-    return p ? load(p + j, lanes) : splat<V>(0);
+    return load(p + j, lanes);
   }
 };
 
@@ -204,29 +203,36 @@ INLINE void write_bits(uint8_t* bits, int64_t at, uint32_t word, First f) {
   if ((at & 7) + f.n > 8) __atomic_fetch_or(bits + (at >> 3) + 1, uint8_t(word >> 8), __ATOMIC_RELAXED);
 }
 
+template <class T, class V, class L>
+INLINE V rectified(const Normalize<T>& a, int64_t at, L lanes, V z) {
+  const Epilogue<T>& e = a.epilogue;
+  if (e.residual) z = z + load(e.residual + at, lanes);
+  if (e.sign_bits) write_bits(e.sign_bits, at, positive_bits(z), lanes);
+  if (e.activation == kRelu) return where_not_positive(z, splat<V>(0), z);
+  if (e.activation == kLeakyRelu) return where_not_positive(z, z * splat<V>(e.slope), z);
+  return z;
+}
+
+template <class T, class V, class L>
+OUTLINE V any_epilogue(const Normalize<T>& a, int64_t at, L lanes, V z) {
+  const Epilogue<T>& e = a.epilogue;
+  z = rectified(a, at, lanes, z);
+  if (e.activation > kLeakyRelu) z = activate(z, e.activation);
+  if (e.keep_bits) z = where_bits(read_bits(e.keep_bits, at, lanes), z * splat<V>(e.keep_scale), splat<V>(0));
+  return z;
+}
+
 template <Kind kind, class T, template <class> class Operand>
 INLINE void normalize_span(const Normalize<T>& a, int64_t begin, int64_t n, int64_t channel) {
   using V = typename LanesOf<T>::Type;
   const Operand<V> mean(a.mean, channel), scale(a.scale, channel), bias(a.bias, channel);
   const Epilogue<T>& e = a.epilogue;
-  const V slope = splat<V>(e.activation == kLeakyRelu ? e.slope : 0);
-  const V keep_scale = splat<V>(e.keep_scale);
   const bool on_bytes = kind != kPlain && (e.sign_bits || e.keep_bits);
   for_span(begin, n, on_bytes, [&](int64_t i, auto lanes) LAMBDA {
     const int64_t at = begin + i;
     V z = (load(a.input + at, lanes) - mean.at(i, lanes)) * scale.at(i, lanes) + bias.at(i, lanes);
-    if constexpr (kind != kPlain) {
-      if (e.residual) z = z + load(e.residual + at, lanes);
-      if (e.sign_bits) write_bits(e.sign_bits, at, positive_bits(z), lanes);
-      if (kind == kRectifier || e.activation <= kLeakyRelu) {
-        if (e.activation == kRelu) z = where_not_positive(z, splat<V>(0), z);
-        if (e.activation == kLeakyRelu) z = where_not_positive(z, z * slope, z);
-      } else {
-        z = activate(z, e.activation);
-      }
-      if (kind == kAny && e.keep_bits)
-        z = where_bits(read_bits(e.keep_bits, at, lanes), z * keep_scale, splat<V>(0));
-    }
+    if constexpr (kind == kRectifier) z = rectified(a, at, lanes, z);
+    if constexpr (kind == kAny) z = any_epilogue(a, at, lanes, z);
     store(a.output + at, z, lanes);
   });
 }
@@ -245,20 +251,27 @@ static void row_normalize_as(const Normalize<T>& a, Rows t) {
 
 // ---- Backward ----
 
-// dz, the gradient of z + residual, from the gradient of the output.
-template <Kind kind, class T, class V, class L>
-INLINE V grad_of_z(const Backward<T>& a, int64_t at, L lanes, V x, V mean, V scale, V bias, V slope) {
+// dz, the gradient of z + residual, from the gradient of the output: behind a rectifier.
+template <class T, class V, class L>
+INLINE V rectified_grad(const Backward<T>& a, int64_t at, L lanes, V dz, V x, V mean, V scale, V bias) {
   const Epilogue<T>& e = a.epilogue;
-  V dz = load(a.grad_output + at, lanes);
-  if constexpr (kind == kPlain) return dz;
-  if (kind == kAny && e.keep_bits)
-    dz = where_bits(read_bits(e.keep_bits, at, lanes), dz * splat<V>(e.keep_scale), splat<V>(0));
   if (e.activation == kNone) return dz;
-  if (e.sign_bits) return where_bits(read_bits(e.sign_bits, at, lanes), dz, dz * slope);
+  const V below = e.activation == kRelu ? splat<V>(0) : dz * splat<V>(e.slope);
+  if (e.sign_bits) return where_bits(read_bits(e.sign_bits, at, lanes), dz, below);
   V z = (x - mean) * scale + bias;
   if (e.residual) z = z + load(e.residual + at, lanes);
-  if (kind == kRectifier || e.activation <= kLeakyRelu)
-    return where_not_positive(z, e.activation == kRelu ? splat<V>(0) : dz * slope, dz);
+  return where_not_positive(z, below, dz);
+}
+
+// The same behind any activation and dropout.
+template <class T, class V, class L>
+OUTLINE V any_grad(const Backward<T>& a, int64_t at, L lanes, V dz, V x, V mean, V scale, V bias) {
+  const Epilogue<T>& e = a.epilogue;
+  if (e.keep_bits)
+    dz = where_bits(read_bits(e.keep_bits, at, lanes), dz * splat<V>(e.keep_scale), splat<V>(0));
+  if (e.activation <= kLeakyRelu) return rectified_grad(a, at, lanes, dz, x, mean, scale, bias);
+  V z = (x - mean) * scale + bias;
+  if (e.residual) z = z + load(e.residual + at, lanes);
   return dz * derivative(z, e.activation);
 }
 
@@ -267,20 +280,21 @@ struct BackwardOperands {
   using V = typename LanesOf<T>::Type;
   const Backward<T>& a;
   Operand<V> mean, scale, bias;
-  V slope;
   bool on_bytes;
   INLINE_MEMBER BackwardOperands(const Backward<T>& args, int64_t channel)
       : a(args),
         mean(args.mean, channel),
         scale(args.scale, channel),
         bias(args.bias, channel),
-        slope(splat<V>(args.epilogue.activation == kLeakyRelu ? args.epilogue.slope : 0)),
         on_bytes(kind != kPlain && (args.epilogue.sign_bits || args.epilogue.keep_bits)) {}
 
   template <class L>
   INLINE_MEMBER V dz(int64_t at, int64_t j, L lanes, V x, V m) const {
-    if constexpr (kind == kPlain) return load(a.grad_output + at, lanes);
-    return grad_of_z<kind, T>(a, at, lanes, x, m, scale.at(j, lanes), bias.at(j, lanes), slope);
+    const V grad = load(a.grad_output + at, lanes);
+    if constexpr (kind == kPlain) return grad;
+    if constexpr (kind == kRectifier)
+      return rectified_grad(a, at, lanes, grad, x, m, scale.at(j, lanes), bias.at(j, lanes));
+    return any_grad(a, at, lanes, grad, x, m, scale.at(j, lanes), bias.at(j, lanes));
   }
 };
 

@@ -4,6 +4,8 @@
 // lanes everywhere, and no contraction to FMA, make results equal on every instruction set.
 
 #define INLINE static inline __attribute__((always_inline))
+// Lane by lane, or rare: kept out of the loops, which would grow sixteenfold.
+#define OUTLINE static __attribute__((noinline))
 #define LAMBDA __attribute__((always_inline))
 #define INLINE_MEMBER inline __attribute__((always_inline))
 
@@ -91,6 +93,20 @@ INLINE V from_array(const typename V::Scalar* in) {
 
 // ---- Bits, one per lane ----
 
+#if MODEPROBE_ISA_WIDTH != 512
+template <class S>
+OUTLINE uint32_t positive_lanes(const S* lane) {
+  uint32_t bits = 0;
+  for (int i = 0; i < kLanes; ++i) bits |= uint32_t(!(lane[i] <= 0)) << i;
+  return bits;
+}
+
+template <class S>
+OUTLINE void choose_lanes(uint32_t bits, S* x, const S* y) {
+  for (int i = 0; i < kLanes; ++i) x[i] = bits >> i & 1 ? x[i] : y[i];
+}
+#endif
+
 template <class R, class S>
 INLINE uint32_t positive_bits(Pack<R, S> z) {  // !(z <= 0)
 #if MODEPROBE_ISA_WIDTH == 512
@@ -103,9 +119,7 @@ INLINE uint32_t positive_bits(Pack<R, S> z) {  // !(z <= 0)
 #else
   S lane[kLanes];
   to_array(z, lane);
-  uint32_t bits = 0;
-  for (int i = 0; i < kLanes; ++i) bits |= uint32_t(!(lane[i] <= 0)) << i;
-  return bits;
+  return positive_lanes(lane);
 #endif
 }
 
@@ -124,7 +138,7 @@ INLINE Pack<R, S> where_bits(uint32_t bits, Pack<R, S> a, Pack<R, S> b) {
   S x[kLanes], y[kLanes];
   to_array(a, x);
   to_array(b, y);
-  for (int i = 0; i < kLanes; ++i) x[i] = bits >> i & 1 ? x[i] : y[i];
+  choose_lanes(bits, x, y);
   return from_array<Pack<R, S> >(x);
 #endif
 }
@@ -249,15 +263,28 @@ INLINE uint16_t float_to_half(float x) {
   }
   return uint16_t(sign | ((rest - (112u << 23) + 0xfffu + (rest >> 13 & 1u)) >> 13));
 }
+OUTLINE void halves_to_floats(const Half* p, float* lane) {
+  for (int i = 0; i < kLanes; ++i) lane[i] = half_to_float(p[i].bits);
+}
+OUTLINE void floats_to_halves(Half* p, const float* lane) {
+  for (int i = 0; i < kLanes; ++i) p[i].bits = float_to_half(lane[i]);
+}
 INLINE F load(const Half* p, All) {
   float lane[kLanes];
-  for (int i = 0; i < kLanes; ++i) lane[i] = half_to_float(p[i].bits);
+  halves_to_floats(p, lane);
   return from_array<F>(lane);
 }
 INLINE void store(Half* p, F v, All) {
   float lane[kLanes];
   to_array(v, lane);
-  for (int i = 0; i < kLanes; ++i) p[i].bits = float_to_half(lane[i]);
+  floats_to_halves(p, lane);
+}
+#endif
+
+#if MODEPROBE_ISA_WIDTH != 512
+template <class T>
+OUTLINE void copy_first(T* to, const T* from, int n) {
+  for (int i = 0; i < n; ++i) to[i] = from[i];
 }
 #endif
 
@@ -278,7 +305,7 @@ INLINE typename LanesOf<T>::Type load(const T* p, First f) {
   }
 #else
   T buffer[kLanes] = {};
-  for (int i = 0; i < f.n; ++i) buffer[i] = p[i];
+  copy_first(buffer, p, f.n);
   return load(buffer, All{});
 #endif
 }
@@ -300,6 +327,6 @@ INLINE void store(T* p, typename LanesOf<T>::Type v, First f) {
 #else
   T buffer[kLanes];
   store(buffer, v, All{});
-  for (int i = 0; i < f.n; ++i) p[i] = buffer[i];
+  copy_first(p, buffer, f.n);
 #endif
 }

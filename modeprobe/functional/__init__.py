@@ -1,6 +1,6 @@
 """Functions in the manner of ``torch.nn.functional``."""
 
-from modeprobe.functional.batch_norm import batch_norm
+from modeprobe.functional.batch_norm import batch_norm, sync_batch_norm
 from modeprobe.functional.dropout import (
     alpha_dropout,
     drop_path,
@@ -25,4 +25,5 @@ __all__ = [
     "dropout_mask",
     "feature_alpha_dropout",
     "softmax_dropout",
+    "sync_batch_norm",
 ]

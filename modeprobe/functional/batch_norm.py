@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from modeprobe import mask
 from modeprobe.ops import batch_norm as ops
+from modeprobe.ops import sync_batch_norm as sync_ops
 
 _FLOATING = {
     torch.float16: (torch.float32, torch.float16),
@@ -25,8 +28,9 @@ def check(
     bias: Tensor | None,
     training: bool,
     eps: float,
+    few_values: bool = False,
 ) -> None:
-    """Raise what :func:`batch_norm` documents."""
+    """Raise what :func:`batch_norm` documents; ``few_values`` allows fewer than two values per channel."""
     allowed = _FLOATING.get(input.dtype)
     if allowed is None:
         raise NotImplementedError(
@@ -63,7 +67,7 @@ def check(
         values = shape[0]
         for size in shape[2:]:
             values = values * size
-        if values == 1:
+        if values == 1 and not few_values:
             raise ValueError(f"Expected more than 1 value per channel when training, got input size {shape}")
         if eps <= 0.0:
             raise ValueError(f"batch_norm eps must be positive during training, but got {eps}")
@@ -75,6 +79,27 @@ def check(
     for name, tensor in (("running_mean", running_mean), ("running_var", running_var)):
         if tensor is not None and tensor.requires_grad:
             raise RuntimeError(f"batch_norm is not differentiable in {name}, which has requires_grad=True")
+
+
+def check_counters(
+    input: Tensor,
+    running_mean: Tensor | None,
+    training: bool,
+    momentum: float | None,
+    num_batches_tracked: Tensor | None,
+    skipped_batches: Tensor | None,
+) -> None:
+    """Raise what :func:`batch_norm` documents of its counters."""
+    if training and momentum is None and num_batches_tracked is None and running_mean is not None:
+        raise ValueError("batch_norm: momentum=None averages over num_batches_tracked, which is None")
+    for name, counter in (("num_batches_tracked", num_batches_tracked), ("skipped_batches", skipped_batches)):
+        if counter is not None and (
+            counter.dtype != torch.int64 or counter.numel() != 1 or counter.device != input.device
+        ):
+            raise ValueError(
+                f"batch_norm: {name} must be one int64 on the input's device, {input.device}, "
+                f"got {counter.dtype} of shape {tuple(counter.shape)} on {counter.device}"
+            )
 
 
 def epilogue(
@@ -190,17 +215,11 @@ def batch_norm(
             num_batches_tracked=num_batches_tracked,
             skipped_batches=skipped_batches,
         )
+    if input.dim() < 2 and input.numel() == 0:
+        # torch takes it for an empty batch without channels.
+        return torch.nn.functional.batch_norm(input, running_mean, running_var, weight, bias, training)
     check(input, running_mean, running_var, weight, bias, training, eps)
-    if training and momentum is None and num_batches_tracked is None and running_mean is not None:
-        raise ValueError("batch_norm: momentum=None averages over num_batches_tracked, which is None")
-    for name, counter in (("num_batches_tracked", num_batches_tracked), ("skipped_batches", skipped_batches)):
-        if counter is not None and (
-            counter.dtype != torch.int64 or counter.numel() != 1 or counter.device != input.device
-        ):
-            raise ValueError(
-                f"batch_norm: {name} must be one int64 on the input's device, {input.device}, "
-                f"got {counter.dtype} of shape {tuple(counter.shape)} on {counter.device}"
-            )
+    check_counters(input, running_mean, training, momentum, num_batches_tracked, skipped_batches)
     if activation is None and residual is None and dropout_p == 0.0:
         tail = ops.PLAIN
     else:
@@ -217,4 +236,60 @@ def batch_norm(
         num_batches_tracked,
         skipped_batches,
         tail,
+    )
+
+
+def sync_batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = True,
+    momentum: float | None = 0.1,
+    eps: float = 1e-5,
+    *,
+    group: Any = None,
+    activation: str | None = None,
+    negative_slope: float = 0.01,
+    residual: Tensor | None = None,
+    dropout_p: float = 0.0,
+    key: Tensor | None = None,
+    num_batches_tracked: Tensor | None = None,
+    skipped_batches: Tensor | None = None,
+) -> Tensor:
+    """:func:`batch_norm` in training, with mean and variance over the batches of all processes of ``group``.
+
+    Every process of the group calls it, forward and backward; batches may differ in size and be empty.
+    Gradients of weight and bias are those of the own batch, to be averaged as any other (by
+    ``DistributedDataParallel``, say).
+
+    Args:
+        training: must be True; in evaluation there is nothing to share.
+        group: a process group of ``torch.distributed``; None is the whole world.
+        others: those of :func:`batch_norm`.
+
+    Returns:
+        Shape and dtype of input.
+
+    Raises:
+        ValueError: ``training`` is False; and what :func:`batch_norm` raises, but that one value per channel,
+            or none, is enough in one process.
+    """
+    if not training:
+        raise ValueError("sync_batch_norm: training must be True; use batch_norm in evaluation")
+    check(input, running_mean, running_var, weight, bias, True, eps, few_values=True)
+    check_counters(input, running_mean, True, momentum, num_batches_tracked, skipped_batches)
+    return sync_ops.sync_batch_norm(
+        input,
+        running_mean,
+        running_var,
+        weight,
+        bias,
+        momentum,
+        eps,
+        num_batches_tracked,
+        skipped_batches,
+        epilogue(input, activation, negative_slope, residual, dropout_p, key),
+        group,
     )

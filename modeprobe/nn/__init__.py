@@ -1,6 +1,6 @@
 """Modules that take the place of those of the same name in ``torch.nn``."""
 
-from modeprobe.nn.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
+from modeprobe.nn.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d, SyncBatchNorm
 from modeprobe.nn.dropout import (
     AlphaDropout,
     Dropout,
@@ -23,6 +23,7 @@ __all__ = [
     "Dropout2d",
     "Dropout3d",
     "FeatureAlphaDropout",
+    "SyncBatchNorm",
     "commit_statistics",
     "discard_statistics",
     "set_statistics",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,15 +14,19 @@ from modeprobe.nn.policy import StatisticsPolicy
 from modeprobe.ops import batch_norm as ops
 from modeprobe.reference import accumulate_dtype
 
-_NONFINITE = ("propagate", "skip")
+_OPTIONS = ("activation", "negative_slope", "dropout_p", "nonfinite", "float32_buffers")
+_HALVES = (torch.float16, torch.bfloat16)
 
 
 class _BatchNorm(StatisticsPolicy, nn.modules.batchnorm._BatchNorm):
-    """What the three dimensions share. Attributes have class defaults, so that a torch.nn module whose class
-    is changed to one of these has them."""
+    """What all dimensions share. Options are class attributes, so that a torch.nn module whose class is
+    changed to one of these has them."""
 
     activation: str | None = None
+    negative_slope = 0.01
+    dropout_p = 0.0
     nonfinite = "propagate"
+    float32_buffers = True
     # The Dropout that swap(fuse=True) folded in, in a tuple: it must not become a submodule.
     folded_dropout: tuple[nn.Dropout, ...] = ()
     backend: str | None = None
@@ -38,74 +43,112 @@ class _BatchNorm(StatisticsPolicy, nn.modules.batchnorm._BatchNorm):
         *,
         bias: bool = True,
         activation: str | None = None,
+        negative_slope: float = 0.01,
+        dropout_p: float = 0.0,
         nonfinite: str = "propagate",
+        float32_buffers: bool = True,
         statistics: str = "ema",
     ) -> None:
-        if activation not in ops.ACTIVATIONS:
-            names = ", ".join(map(repr, ops.ACTIVATIONS))
-            raise ValueError(f"{type(self).__name__}: activation must be one of {names}, got {activation!r}")
-        if nonfinite not in _NONFINITE:
-            raise ValueError(
-                f'{type(self).__name__}: nonfinite must be "propagate" or "skip", got {nonfinite!r}'
-            )
-        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
         if affine and not bias:
             # torch's own keyword came after torch 2.10.
             self.register_parameter("bias", None)
-        if activation is not None:
-            self.activation = activation
-        if nonfinite != "propagate":
-            self.nonfinite = nonfinite
-        if nonfinite == "skip" and track_running_stats:
-            # Not in the state dict, which stays that of torch's module.
-            counter = torch.zeros((), dtype=torch.int64, device=device)
-            self.register_buffer("skipped_batches", counter, persistent=False)
+        self._set_options(activation, negative_slope, dropout_p, nonfinite, float32_buffers)
         if statistics != "ema":
             self.statistics = statistics
 
-    @on_own_backend
-    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        """Normalise ``input``, add ``residual`` if given, apply the activation if there is one."""
-        self._check_input_dim(input)
-        training = self.training and self.statistics != "frozen"
-        tracked = not training or self.track_running_stats
-        mean = self.running_mean if tracked else None
-        var = self.running_var if tracked else None
+    def _set_options(
+        self,
+        activation: str | None,
+        negative_slope: float,
+        dropout_p: float,
+        nonfinite: str,
+        float32_buffers: bool,
+    ) -> None:
+        name = type(self).__name__
+        if activation not in ops.ACTIVATIONS:
+            names = ", ".join(map(repr, ops.ACTIVATIONS))
+            raise ValueError(f"{name}: activation must be one of {names}, got {activation!r}")
+        if not 0.0 <= dropout_p <= 1.0:
+            raise ValueError(f"{name}: dropout_p must be in [0, 1], got {dropout_p}")
+        if nonfinite not in ("propagate", "skip"):
+            raise ValueError(f'{name}: nonfinite must be "propagate" or "skip", got {nonfinite!r}')
+        self.activation, self.negative_slope, self.dropout_p = activation, negative_slope, dropout_p
+        self.nonfinite, self.float32_buffers = nonfinite, float32_buffers
+        counter = self.num_batches_tracked
+        if nonfinite == "skip" and counter is not None:
+            # Not in the state dict, which stays that of torch's module.
+            self.register_buffer("skipped_batches", torch.zeros_like(counter), persistent=False)
+        if float32_buffers:
+            for key in ("running_mean", "running_var"):
+                buffer = self._buffers[key]
+                if buffer is not None and buffer.dtype in _HALVES:
+                    self._buffers[key] = buffer.float()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        before = {key: self._buffers.get(key) for key in ("running_mean", "running_var")}
+        result = super()._apply(fn, recurse)
+        if self.float32_buffers:
+            # A running mean in bfloat16 stands still once a batch moves it by less than 1/256 of its size.
+            for key, buffer in before.items():
+                after = self._buffers.get(key)
+                if buffer is not None and after is not None and after.dtype in _HALVES:
+                    wide = buffer if buffer.is_meta and not after.is_meta else buffer.to(after.device)
+                    self._buffers[key] = (after if wide.is_meta and not after.is_meta else wide).float()
+        return result
+
+    def _batch_norm(self, input: Tensor, residual: Tensor | None, function: Callable[..., Tensor]) -> Tensor:
+        policy = self._statistics
+        training = self.training and policy != "frozen"
         update = training and self.track_running_stats
+        mean, var = self.running_mean, self.running_var
+        without_buffers = mean is None and var is None
+        if training and not update:
+            mean = var = None
         counter = self.num_batches_tracked if update else None
-        folded = self.folded_dropout
-        dropout_p = folded[0].p if folded and folded[0].training else 0.0
-        momentum = None if self.statistics == "cumulative" else self.momentum
-        pending = update and self.statistics == "pending" and not ops.recomputing()
-        if update and self.statistics == "pending":
+        momentum = None if policy == "cumulative" else self.momentum
+        pending = update and policy == "pending"
+        if pending:
             # A factor of 1 assigns: these become the batch's own statistics.
             mean, var = input.new_full((2, self.num_features), torch.nan, dtype=accumulate_dtype(input))
             counter, momentum = None, 1.0
-        output = F.batch_norm(
+        folded = self.folded_dropout
+        if folded:
+            dropout_p = folded[0].p if folded[0].training else 0.0
+        else:
+            dropout_p = self.dropout_p if self.training else 0.0
+        output = function(
             input,
             mean,
             var,
             self.weight,
             self.bias,
-            training or (self.running_mean is None and self.running_var is None),
+            training or without_buffers,
             0.0 if momentum is None and counter is None else momentum,
             self.eps,
             activation=self.activation,
+            negative_slope=self.negative_slope,
             residual=residual,
             dropout_p=dropout_p,
             num_batches_tracked=counter,
             skipped_batches=self._buffers.get("skipped_batches") if update else None,
         )
-        if pending and mean is not None and var is not None:
+        if pending and mean is not None and var is not None and not ops.recomputing():
             self.hold(mean, var, input.numel() // max(1, input.size(1)))
         return output
 
+    @on_own_backend
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        """Normalise ``input``, add ``residual`` if given, then activation and dropout if there are any."""
+        self._check_input_dim(input)
+        return self._batch_norm(input, residual, F.batch_norm)
+
     def extra_repr(self) -> str:
         text = super().extra_repr()
-        if self.activation is not None:
-            text += f", activation={self.activation!r}"
-        if self.nonfinite != "propagate":
-            text += f", nonfinite={self.nonfinite!r}"
+        for name in _OPTIONS:
+            value = getattr(self, name)
+            if value != getattr(_BatchNorm, name):
+                text += f", {name}={value!r}"
         if self.statistics != "ema":
             text += f", statistics={self.statistics!r}"
         return text
@@ -117,14 +160,19 @@ class BatchNorm1d(_BatchNorm, nn.BatchNorm1d):
     Args:
         num_features, eps, momentum, affine, track_running_stats, device, dtype, bias: as in torch.
         activation: None, "relu", "leaky_relu", "silu", "gelu" or "gelu_tanh", applied in the same pass.
+        negative_slope: of "leaky_relu".
+        dropout_p: probability of a dropout after the activation, in training, in the same pass.
         nonfinite: "propagate" folds every batch into the running statistics; "skip" leaves out batches with a
             non-finite mean or variance, and counts them in the buffer ``skipped_batches``. The output carries
             NaN either way.
+        float32_buffers: keep the running statistics in float32 when the module becomes float16 or bfloat16,
+            which cannot hold a moving average.
         statistics: what becomes of a training batch's statistics: "ema", "cumulative", "frozen" or "pending"
             (until ``commit()`` or ``discard()``); see :class:`modeprobe.nn.policy.StatisticsPolicy`.
 
     Raises:
-        ValueError: an unknown activation, nonfinite or statistics; in the forward pass, what torch raises.
+        ValueError: an unknown activation, nonfinite or statistics, dropout_p outside [0, 1]; in the forward pass, what
+            :func:`modeprobe.functional.batch_norm` raises.
 
     Shape:
         (N, C) or (N, C, L), and the same for the output; ``forward(input, residual=None)`` adds a residual of
@@ -140,3 +188,77 @@ class BatchNorm2d(_BatchNorm, nn.BatchNorm2d):
 class BatchNorm3d(_BatchNorm, nn.BatchNorm3d):
     """:class:`torch.nn.BatchNorm3d` on :func:`modeprobe.functional.batch_norm`; arguments of
     :class:`modeprobe.nn.BatchNorm1d`, input (N, C, D, H, W), contiguous or channels_last_3d."""
+
+
+class SyncBatchNorm(_BatchNorm, nn.SyncBatchNorm):
+    """:class:`torch.nn.SyncBatchNorm`: in training, statistics over the batches of all processes.
+
+    One all-gather of (n, mean, M2) forward and one all-reduce backward; no wait for the device. Processes may
+    have batches of different sizes, also empty ones. Runs on any device that the process group serves;
+    without one, or in evaluation, it is :class:`modeprobe.nn.BatchNorm1d` for inputs of any dimension, and
+    only then twice differentiable.
+
+    Args:
+        process_group: the processes that share statistics; by default all.
+        others: those of :class:`modeprobe.nn.BatchNorm1d`.
+
+    Shape:
+        (N, C, *), and the same for the output.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        process_group: Any = None,
+        device: Any = None,
+        dtype: Any = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, **options)
+        self.process_group = process_group
+
+    @on_own_backend
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        """As :meth:`modeprobe.nn.BatchNorm1d.forward`."""
+        self._check_input_dim(input)
+        self._check_non_zero_input_channels(input)
+        distributed = torch.distributed
+        if self.training and distributed.is_available() and distributed.is_initialized():
+            group = self.process_group or distributed.group.WORLD
+            if distributed.get_world_size(group) > 1:
+                return self._batch_norm(
+                    input, residual, lambda *args, **options: F.sync_batch_norm(*args, group=group, **options)
+                )
+        return self._batch_norm(input, residual, F.batch_norm)
+
+    @classmethod
+    def convert_sync_batchnorm(cls, module: nn.Module, process_group: Any = None) -> nn.Module:
+        """Replace every BatchNorm layer in ``module`` by one of this class, and return the module.
+
+        Parameters, buffers and modeprobe's options are taken over as they are; ``module`` itself may be such
+        a layer.
+        """
+        result = module
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            options = {name: getattr(module, name, getattr(_BatchNorm, name)) for name in _OPTIONS}
+            result = cls(
+                module.num_features,
+                module.eps,
+                module.momentum,
+                module.affine,
+                module.track_running_stats,
+                process_group,
+                **options,
+            )
+            for key, parameter in module._parameters.items():
+                result._parameters[key] = parameter
+            for key, buffer in module._buffers.items():
+                result._buffers[key] = buffer
+            result.training = module.training
+        for name, child in module.named_children():
+            result.add_module(name, cls.convert_sync_batchnorm(child, process_group))
+        return result

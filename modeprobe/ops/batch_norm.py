@@ -193,6 +193,33 @@ def _differentiable_backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
     return tuple(grads)
 
 
+def _transformable(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float | None,
+    eps: float,
+    num_batches_tracked: Tensor | None,
+    skipped_batches: Tensor | None,
+    epilogue: Epilogue,
+) -> Tensor:
+    """Plain torch operations, which ``torch.func`` can differentiate, map and linearise."""
+    if training:
+        mean, variance = reference.mean_and_variance(x)
+        buffers = running_mean, running_var, num_batches_tracked, skipped_batches
+        if any(buffer is not None for buffer in buffers):
+            count = x.numel() // max(1, x.shape[1])
+            reference.fold(*buffers, momentum, mean.detach(), variance.detach(), count)
+    else:
+        assert running_mean is not None
+        assert running_var is not None
+        mean, variance = running_mean, running_var
+    return reference.normalize(x, mean, variance, weight, bias, eps, *epilogue)[0].to(x.dtype)
+
+
 def recomputing() -> bool:
     """Whether a backward pass is running: a forward inside it recomputes a batch that was counted before."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
@@ -212,6 +239,20 @@ def batch_norm(
     epilogue: Epilogue = PLAIN,
 ) -> Tensor:
     """Batch normalisation on the backend in force; arguments are taken as checked."""
+    if torch._C._are_functorch_transforms_active() and not torch.compiler.is_compiling():
+        return _transformable(
+            x,
+            running_mean,
+            running_var,
+            weight,
+            bias,
+            training,
+            momentum,
+            eps,
+            num_batches_tracked,
+            skipped_batches,
+            epilogue,
+        )
     name = backend.resolve(x.device.type)
     if training and recomputing():
         running_mean = running_var = num_batches_tracked = skipped_batches = None

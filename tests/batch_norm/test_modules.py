@@ -1,0 +1,421 @@
+"""The modules among torch's: state, modes, dtypes, compilation, checkpointing, and PyTorch's own samples."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from support.batch_norm import sample
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+import modeprobe as mp
+from modeprobe import functional as MF
+
+pytestmark = pytest.mark.rung("reference")
+
+DIMENSIONS = {1: (8, 5, 7), 2: (8, 5, 6, 7), 3: (4, 5, 3, 4, 5)}
+
+
+def pair(dimension=2, **options):
+    ours = getattr(mp.nn, f"BatchNorm{dimension}d")(5, **options)
+    theirs = getattr(nn, f"BatchNorm{dimension}d")(5, **options)
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.uniform_(0.5, 1.5)
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    return ours, theirs
+
+
+def assert_same_state(ours, theirs):
+    mine, own = ours.state_dict(), theirs.state_dict()
+    assert list(mine) == list(own)
+    for name, value in own.items():
+        torch.testing.assert_close(mine[name], value, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("dimension", DIMENSIONS)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"momentum": None},
+        {"momentum": 1.0},
+        {"affine": False},
+        {"track_running_stats": False},
+        {"affine": False, "track_running_stats": False},
+        {"eps": 1e-3, "momentum": 0.3},
+    ],
+    ids=str,
+)
+def test_training_and_evaluation(dimension, options):
+    ours, theirs = pair(dimension, **options)
+    shape = DIMENSIONS[dimension]
+    for step in range(4):
+        training = step != 2
+        x = sample(shape, seed=step)
+        a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
+        y, expected = ours.train(training)(a), theirs.train(training)(b)
+        torch.testing.assert_close(y, expected)
+        y.square().sum().backward()
+        expected.square().sum().backward()
+        torch.testing.assert_close(a.grad, b.grad)
+        assert_same_state(ours, theirs)
+    for mine, own in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, own.grad)
+    assert repr(ours) == repr(theirs)
+
+
+def test_flipped_tracking():
+    ours, theirs = pair()
+    x = sample(DIMENSIONS[2])
+    for module in (ours, theirs):
+        module.track_running_stats = False
+        module(x)
+    assert_same_state(ours, theirs)
+    torch.testing.assert_close(ours.eval()(x), theirs.eval()(x))
+
+
+def test_missing_bias():
+    bn = mp.nn.BatchNorm2d(5, bias=False)
+    assert bn.bias is None
+    assert bn.weight is not None
+    x = sample(DIMENSIONS[2])
+    torch.testing.assert_close(bn(x), nn.BatchNorm2d(5)(x))
+
+
+def test_no_grad_still_updates():
+    ours, theirs = pair()
+    with torch.no_grad():
+        for module in (ours, theirs):
+            module(sample(DIMENSIONS[2]))
+    assert_same_state(ours, theirs)
+    assert ours.num_batches_tracked == 1
+
+
+def test_twice_before_backward_and_buffers_changed_between():
+    ours, _ = pair()
+    a, b = sample(DIMENSIONS[2], seed=1).requires_grad_(), sample(DIMENSIONS[2], seed=2).requires_grad_()
+    first, second = ours(a), ours(b)
+    ours.running_mean.copy_(torch.ones(5))
+    ours.running_var.zero_()
+    (first.square().sum() + second.pow(3).sum()).backward()
+    for x, power in ((a, 2), (b, 3)):
+        y = x.detach().clone().requires_grad_()
+        F.batch_norm(y, None, None, ours.weight, ours.bias, True).pow(power).sum().backward()
+        torch.testing.assert_close(x.grad, y.grad)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("activation", [None, "relu", "silu", "gelu_tanh"])
+def test_second_derivatives(training, activation):
+    torch.manual_seed(1)
+    x = torch.randn(4, 3, 3, dtype=torch.float64, requires_grad=True)
+    weight = torch.rand(3, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(3, dtype=torch.float64, requires_grad=True)
+    residual = torch.randn(4, 3, 3, dtype=torch.float64, requires_grad=True)
+    mean, var = torch.zeros(3, dtype=torch.float64), torch.ones(3, dtype=torch.float64)
+
+    def function(x, weight, bias, residual):
+        return MF.batch_norm(
+            x,
+            mean.clone(),
+            var.clone(),
+            weight,
+            bias,
+            training,
+            activation=activation,
+            residual=residual,
+            dropout_p=0.3,
+            key=mp.mask.key(5),
+        )
+
+    assert torch.autograd.gradcheck(function, (x, weight, bias, residual))
+    assert torch.autograd.gradgradcheck(function, (x, weight, bias, residual))
+    if not training:
+        assert torch.autograd.gradgradcheck(lambda x: MF.batch_norm(x, mean, var), (x,))
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_checkpointing_counts_a_batch_once(reentrant, momentum):
+    ours, theirs = pair(momentum=momentum)
+    for step in range(3):
+        x = sample(DIMENSIONS[2], seed=step)
+        a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
+        y, expected = checkpoint(ours, a, use_reentrant=reentrant), theirs(b)
+        y.pow(3).sum().backward()
+        expected.pow(3).sum().backward()
+        torch.testing.assert_close(a.grad, b.grad)
+    assert_same_state(ours, theirs)
+
+
+def test_nested_checkpoints():
+    ours, theirs = pair()
+
+    def inner(x):
+        return checkpoint(ours, x, use_reentrant=False) * 2
+
+    x = sample(DIMENSIONS[2]).requires_grad_()
+    checkpoint(inner, x, use_reentrant=False).pow(2).sum().backward()
+    theirs(x)
+    assert_same_state(ours, theirs)
+
+
+@pytest.mark.parametrize("fill", [float("nan"), float("inf"), 3e21])
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_non_finite_batches_can_be_skipped(fill, momentum):
+    ours = mp.nn.BatchNorm2d(5, momentum=momentum, nonfinite="skip")
+    theirs = nn.BatchNorm2d(5, momentum=momentum)
+    bad = sample(DIMENSIONS[2], seed=9)
+    bad[0, 2, 1, 1] = fill
+    for step in range(3):
+        x = sample(DIMENSIONS[2], seed=step)
+        ours(x)
+        theirs(x)
+        y = ours(bad)
+        assert y.isnan().any() == (fill != 3e21)
+    assert_same_state(ours, theirs)
+    assert ours.skipped_batches == 3
+    assert not ours.skipped_batches.is_floating_point()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_buffers_stay_float32(dtype):
+    ours, _ = pair(momentum=0.01)
+    ours.to(dtype)
+    assert ours.weight.dtype == dtype
+    assert ours.running_mean.dtype == ours.running_var.dtype == torch.float32
+    truth = nn.BatchNorm2d(5, momentum=0.01).double()
+    truth.load_state_dict(ours.state_dict())
+    for step in range(50):
+        x = sample(DIMENSIONS[2], dtype, mean=3.0, seed=step)
+        ours(x)
+        truth(x.double())
+    torch.testing.assert_close(ours.running_mean.double(), truth.running_mean, rtol=1e-5, atol=1e-5)
+    assert mp.nn.BatchNorm2d(5, dtype=dtype).running_var.dtype == torch.float32
+    out = mp.nn.BatchNorm2d(5, float32_buffers=False).to(dtype)
+    assert out.running_mean.dtype == dtype
+    torch_half = nn.BatchNorm2d(5).to(dtype)
+    torch_half.load_state_dict(ours.state_dict(), strict=True)
+    ours.load_state_dict(torch_half.state_dict(), strict=True)
+    assert ours.running_mean.dtype == torch.float32
+    assert ours.float().double().running_mean.dtype == torch.float64
+    assert ours.to("meta").half().running_mean.is_meta
+    assert ours.to_empty(device="cpu").running_mean.dtype == torch.float32
+
+
+def test_copies_and_pickles():
+    bn = mp.nn.BatchNorm2d(5, activation="relu", nonfinite="skip")
+    x = sample(DIMENSIONS[2])
+    bn(x)
+    buffer = io.BytesIO()
+    torch.save(bn, buffer)
+    buffer.seek(0)
+    loaded = torch.load(buffer, weights_only=False)
+    for other in (copy.deepcopy(bn), pickle.loads(pickle.dumps(bn)), loaded):
+        assert_same_state(other, bn)
+        other.skipped_batches += 1
+        assert bn.skipped_batches == 0
+        assert torch.equal(other.eval()(x), copy.deepcopy(bn).eval()(x))
+
+
+def test_lazy_modules_after_materialisation():
+    lazy = nn.Sequential(nn.LazyBatchNorm2d(momentum=None))
+    x = sample(DIMENSIONS[2])
+    lazy(x)
+    mp.swap(lazy)
+    assert type(lazy[0]) is mp.nn.BatchNorm2d
+    theirs = nn.BatchNorm2d(5, momentum=None)
+    for _ in range(2):
+        theirs(x)
+    lazy(x)
+    assert_same_state(lazy[0], theirs)
+
+
+def test_functional_call():
+    ours, theirs = pair()
+    x = sample(DIMENSIONS[2])
+    results = []
+    for module in (ours, theirs):
+        state = {k: v.clone() for k, v in module.state_dict().items()}
+        before = copy.deepcopy(module.state_dict())
+        y = torch.func.functional_call(module, state, (x,))
+        results.append((y, state))
+        assert all(torch.equal(before[k], v) for k, v in module.state_dict().items())
+    torch.testing.assert_close(results[0], results[1])
+
+
+def test_autocast():
+    ours, theirs = pair()
+    for module in (ours, theirs):
+        module.model = nn.Conv2d(3, 5, 3)
+    ours.model.load_state_dict(theirs.model.state_dict())
+    x = sample((4, 3, 8, 8))
+    outputs = []
+    for module in (ours, theirs):
+        with torch.autocast("cpu", torch.bfloat16):
+            y = module(module.model(x))
+        assert y.dtype == torch.bfloat16
+        y.float().square().sum().backward()
+        outputs.append((y, module.weight.grad, module.running_var))
+    torch.testing.assert_close(outputs[0], outputs[1], rtol=0.02, atol=0.05)
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("activation", [None, "relu"])
+def test_compiled_in_one_graph(momentum, activation):
+    torch._dynamo.reset()
+    eager = mp.nn.BatchNorm2d(5, momentum=momentum, activation=activation, nonfinite="skip")
+    compiled = copy.deepcopy(eager)
+    run = torch.compile(lambda m, x, r: m(x * 2, r).sin(), fullgraph=True, backend="aot_eager")
+    for step in range(3):
+        x, r = sample(DIMENSIONS[2], seed=step), sample(DIMENSIONS[2], seed=step + 7)
+        grads = []
+        for module, function in ((eager, lambda m, x, r: m(x * 2, r).sin()), (compiled, run)):
+            a, b = x.clone().requires_grad_(), r.clone().requires_grad_()
+            y = function(module, a, b)
+            y.square().sum().backward()
+            grads.append((y, a.grad, b.grad, module.weight.grad))
+        torch.testing.assert_close(grads[0], grads[1])
+    assert compiled.num_batches_tracked == 3
+    assert_same_state(compiled, eager)
+    with torch.no_grad():
+        torch.testing.assert_close(run(compiled.eval(), x, r), eager.eval()(x * 2, r).sin())
+
+
+@pytest.mark.slow
+def test_compiled_by_inductor():
+    torch._dynamo.reset()
+    eager = nn.Sequential(nn.Conv2d(3, 5, 3), mp.nn.BatchNorm2d(5, momentum=None), nn.ReLU())
+    compiled_model = copy.deepcopy(eager)
+    compiled = torch.compile(compiled_model, fullgraph=True)
+    for step in range(2):
+        x = sample((4, 3, 8, 8), seed=step)
+        for model in (eager, compiled):
+            model(x).square().sum().backward()
+    assert compiled_model[1].num_batches_tracked == 2
+    assert_same_state(compiled_model, eager)
+    for mine, own in zip(compiled_model.parameters(), eager.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, own.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_export():
+    model = nn.Sequential(nn.Conv2d(3, 5, 3), mp.nn.BatchNorm2d(5)).eval()
+    x = sample((4, 3, 8, 8))
+    program = torch.export.export(model, (x,))
+    torch.testing.assert_close(program.module()(x), model(x))
+    training = torch.export.export(mp.nn.BatchNorm2d(5, momentum=None), (sample(DIMENSIONS[2]),))
+    theirs = nn.BatchNorm2d(5, momentum=None)
+    module = training.module()
+    for step in range(2):
+        batch = sample(DIMENSIONS[2], seed=step)
+        torch.testing.assert_close(module(batch), theirs(batch))
+    torch.testing.assert_close(dict(module.named_buffers())["running_var"], theirs.running_var)
+
+
+def test_function_transforms_with_frozen_statistics():
+    mean, var = torch.zeros(5), torch.ones(5)
+    x = sample((3, 5))
+    jacobian = torch.func.jacrev(lambda x: F.batch_norm(x, mean, var).square())(x)
+    torch.testing.assert_close(torch.func.jacrev(lambda x: MF.batch_norm(x, mean, var).square())(x), jacobian)
+    torch.testing.assert_close(
+        torch.func.vmap(lambda x: MF.batch_norm(x, mean, var))(sample((2, 3, 5))),
+        torch.func.vmap(lambda x: F.batch_norm(x, mean, var))(sample((2, 3, 5))),
+    )
+
+
+@pytest.mark.parametrize("name", ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d"])
+def test_pytorchs_module_samples(name):
+    pytest.importorskip("expecttest", reason="pip install expecttest")
+    from torch.testing._internal.common_modules import module_db
+
+    info = next(i for i in module_db if i.module_cls is getattr(nn, name))
+    cls = getattr(mp.nn, name)
+    count = 0
+    for dtype in (torch.float32, torch.float64):
+        for training in (True, False):
+            samples = info.module_inputs_func(
+                info, device="cpu", dtype=dtype, requires_grad=True, training=training
+            )
+            for item in samples:
+                init = item.constructor_input
+                ours, theirs = (
+                    kind(*init.args, **init.kwargs).to(dtype).train(training)
+                    for kind in (cls, info.module_cls)
+                )
+                ours.load_state_dict(theirs.state_dict(), strict=True)
+                results = []
+                for module in (ours, theirs):
+                    args = [copy.deepcopy(a) for a in item.forward_input.args]
+                    try:
+                        y = module(*args, **item.forward_input.kwargs)
+                    except (ValueError, RuntimeError) as error:
+                        results.append((type(error), str(error)))
+                        continue
+                    y.square().sum().backward()
+                    results.append((y, args[0].grad, *[p.grad for p in module.parameters()]))
+                if isinstance(results[1][0], type):
+                    assert results[0] == results[1]
+                else:
+                    torch.testing.assert_close(results[0], results[1])
+                    assert_same_state(ours, theirs)
+                count += 1
+    assert count > 10
+
+
+def test_pytorchs_function_samples():
+    pytest.importorskip("expecttest", reason="pip install expecttest")
+    from torch.testing._internal.common_methods_invocations import op_db
+
+    info = next(i for i in op_db if i.name == "nn.functional.batch_norm")
+    count = 0
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        for item in info.sample_inputs("cpu", dtype, requires_grad=True):
+            results = []
+            for function in (MF.batch_norm, F.batch_norm):
+                tensors = [
+                    a.detach().clone().requires_grad_(a.requires_grad) if isinstance(a, torch.Tensor) else a
+                    for a in (item.input, *item.args)
+                ]
+                kwargs = {k: v.detach() if isinstance(v, torch.Tensor) else v for k, v in item.kwargs.items()}
+                y = function(*tensors, **kwargs)
+                (y * torch.linspace(-1, 1, y.numel(), dtype=dtype).view(y.shape)).sum().backward()
+                results.append((y, tensors[0].grad, tensors[1], tensors[2]))
+            tolerance = {torch.bfloat16: 0.05, torch.float32: 1e-4, torch.float64: 1e-10}[dtype]
+            torch.testing.assert_close(results[0], results[1], rtol=tolerance, atol=tolerance)
+            count += 1
+    assert count > 10
+
+
+def test_operator_registration():
+    ops = torch.ops.modeprobe
+    x = sample((4, 5, 6, 6))
+    for layout in (x, x.to(memory_format=torch.channels_last), x.transpose(2, 3)):
+        weight, bias = torch.rand(5), torch.rand(5)
+        buffers = torch.zeros(5), torch.ones(5), torch.tensor(0), torch.tensor(0)
+        torch.library.opcheck(
+            ops.batch_norm_train.default,
+            (layout, weight, bias, *buffers, None, 1e-5, torch.rand_like(layout), 1),
+            {"save_sign_bits": True},
+        )
+        torch.library.opcheck(
+            ops.batch_norm_eval.default, (layout, *buffers[:2], weight, bias, 1e-5), {"save": True}
+        )
+        statistics = torch.rand(2, 5)
+        grad = torch.rand(1, 5, 1, 1).expand_as(x)
+        torch.library.opcheck(
+            ops.batch_norm_backward.default,
+            (grad, layout, statistics, weight, bias, True, True, True, True, None, 3),
+        )
+        torch.library.opcheck(ops.batch_norm_moments.default, (layout,))
+        torch.library.opcheck(
+            ops.batch_norm_backward_reduce.default, (grad, layout, statistics, weight, bias)
+        )
+        torch.library.opcheck(
+            ops.batch_norm_backward_input.default, (grad, layout, statistics, statistics, weight, bias, False)
+        )
+    moments = torch.stack([ops.batch_norm_moments(x), ops.batch_norm_moments(x + 1)])
+    torch.library.opcheck(ops.batch_norm_merge.default, (moments, *buffers, 0.1))

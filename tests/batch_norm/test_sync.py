@@ -1,0 +1,149 @@
+"""Statistics shared between processes, over gloo, against one BatchNorm over the concatenated batch."""
+
+import os
+import socket
+
+import pytest
+import torch
+import torch.multiprocessing as multiprocessing
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import modeprobe as mp
+
+pytestmark = pytest.mark.rung("reference")
+
+
+def batches(kind):
+    sizes = {"even": (4, 4), "uneven": (5, 2), "empty": (6, 0), "single": (1, 1)}[kind]
+    g = torch.Generator().manual_seed(4)
+    shape = (3, 1, 1) if kind == "single" else (3, 5, 6)
+    return [torch.randn(n, *shape, generator=g, dtype=torch.float32) * 2 + 1 for n in sizes]
+
+
+def worker(rank, world, port, kinds, folder):
+    import torch.distributed as dist
+    from torch.nn.parallel import DistributedDataParallel
+
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=world)
+    results = {}
+    for kind in kinds:
+        for options in OPTIONS:
+            for recompute in (False, True):
+                torch.manual_seed(1)
+                bn = mp.nn.SyncBatchNorm(3, **options)
+                with torch.no_grad():
+                    bn.weight.uniform_(0.5, 1.5)
+                x = batches(kind)[rank].requires_grad_()
+                for _ in range(2):
+                    y = checkpoint(bn, x, use_reentrant=False) if recompute else bn(x)
+                    (y * (rank + 1)).pow(2).sum().backward()
+                state = {k: v.clone() for k, v in bn.state_dict().items()}
+                grads = [bn.weight.grad, bn.bias.grad]
+                for grad in grads:
+                    dist.all_reduce(grad)
+                results[kind, str(options), recompute] = (y.detach(), x.grad, grads, state)
+    # A buffer broadcast between two forwards and the backward pass.
+    torch.manual_seed(1)
+    model = DistributedDataParallel(
+        nn.Sequential(nn.Linear(3, 3), mp.nn.BatchNorm1d(3)), broadcast_buffers=True
+    )
+    x = torch.randn(4, 3)
+    (model(x).sum() + model(x * 2).pow(2).sum()).backward()
+    results["ddp"] = model.module[1].num_batches_tracked.item()
+    bad = mp.nn.SyncBatchNorm(3, nonfinite="skip")
+    bad(torch.full((2, 3), float("nan") if rank == 1 else 1.0))
+    results["skipped"] = (bad.skipped_batches.item(), bad.num_batches_tracked.item(), bad.running_mean)
+    torch.save(results, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+OPTIONS = ({}, {"momentum": None}, {"activation": "relu", "nonfinite": "skip"})
+KINDS = ("even", "uneven", "empty", "single")
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    if not torch.distributed.is_available():
+        pytest.skip("this torch has no torch.distributed")
+    folder = tmp_path_factory.mktemp("sync")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    multiprocessing.spawn(worker, (2, port, KINDS, str(folder)), nprocs=2)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "options", [{}, {"momentum": None}, {"activation": "relu", "nonfinite": "skip"}], ids=str
+)
+@pytest.mark.parametrize("recompute", [False, True])
+def test_as_one_batch(results, kind, options, recompute):
+    torch.manual_seed(1)
+    one = nn.BatchNorm2d(3, momentum=options.get("momentum", 0.1))
+    with torch.no_grad():
+        one.weight.uniform_(0.5, 1.5)
+    parts = batches(kind)
+    x = torch.cat(parts).requires_grad_()
+    scale = torch.cat([torch.full((len(p), 1, 1, 1), r + 1.0) for r, p in enumerate(parts)])
+    for _ in range(2):
+        y = one(x)
+        y = y.relu() if "activation" in options else y
+        (y * scale).pow(2).sum().backward()
+    mine = [r[kind, str(options), recompute] for r in results]
+    torch.testing.assert_close(torch.cat([m[0] for m in mine]), y)
+    torch.testing.assert_close(torch.cat([m[1] for m in mine]), x.grad, rtol=1e-4, atol=1e-4)
+    for rank in range(2):
+        torch.testing.assert_close(mine[rank][2], [one.weight.grad, one.bias.grad], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(mine[rank][3], dict(one.state_dict()))
+
+
+def test_broadcast_buffers(results):
+    assert [r["ddp"] for r in results] == [2, 2]
+
+
+def test_a_non_finite_batch_on_one_rank_is_skipped_on_all(results):
+    for result in results:
+        skipped, tracked, mean = result["skipped"]
+        assert (skipped, tracked) == (1, 0)
+        assert torch.equal(mean, torch.zeros(3))
+
+
+def test_alone():
+    bn, one = mp.nn.SyncBatchNorm(3), nn.BatchNorm1d(3)
+    x = torch.randn(6, 3)
+    torch.testing.assert_close(bn(x), one(x))
+    torch.testing.assert_close(bn.eval()(x), one.eval()(x))
+    with pytest.raises(ValueError, match="at least 2D"):
+        bn(x[0])
+
+
+def test_conversion():
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 1), mp.nn.BatchNorm2d(4, activation="relu"), nn.BatchNorm2d(4, affine=False)
+    )
+    weight, mean = model[1].weight, model[1].running_mean
+    converted = mp.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    assert converted is model
+    assert [type(m) for m in model[1:]] == [mp.nn.SyncBatchNorm] * 2
+    assert model[1].weight is weight
+    assert model[1].running_mean is mean
+    assert model[1].activation == "relu"
+    assert model[2].weight is None
+    by_torch = nn.SyncBatchNorm.convert_sync_batchnorm(nn.Sequential(mp.nn.BatchNorm2d(4)))
+    assert type(by_torch[0]) is nn.SyncBatchNorm
+
+
+def test_moments_count_exactly():
+    ops = torch.ops.modeprobe
+    moments = torch.tensor([[1.0, 0.0, 2**24 - 1, 3.0], [2.0, 0.0, 5.0, 0.0], [0.0, 0.0, 0.0, 0.0]])
+    mean, variance, count = ops.batch_norm_merge(moments, None, None, None, None, 0.1)
+    n, m = 4 * 2**24 - 1, 5
+    assert count.item() == pytest.approx(n + m, rel=1e-7)
+    assert mean.item() == pytest.approx((n + 2 * m) / (n + m))
+    assert variance.item() == pytest.approx(n * m / (n + m) ** 2, rel=1e-6)
+    x = torch.randn(7, 4, 3)
+    assert ops.batch_norm_moments(x)[-2:].tolist() == [21.0, 0.0]
