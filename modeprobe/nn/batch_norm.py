@@ -171,8 +171,8 @@ class BatchNorm1d(_BatchNorm, nn.BatchNorm1d):
             (until ``commit()`` or ``discard()``); see :class:`modeprobe.nn.policy.StatisticsPolicy`.
 
     Raises:
-        ValueError: an unknown activation, nonfinite or statistics, dropout_p outside [0, 1]; in the forward pass, what
-            :func:`modeprobe.functional.batch_norm` raises.
+        ValueError: an unknown activation, nonfinite or statistics, dropout_p outside [0, 1]; in the forward
+            pass, what :func:`modeprobe.functional.batch_norm` raises.
 
     Shape:
         (N, C) or (N, C, L), and the same for the output; ``forward(input, residual=None)`` adds a residual of
