@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from modeprobe.statistics import recalibrate
 from modeprobe.swap import swap
 from modeprobe.tour.section import Advance, no_progress, percent
 
@@ -176,17 +177,11 @@ def with_batch_statistics(model: nn.Module) -> nn.Module:
     return model
 
 
-@torch.no_grad()
 def with_full_pass(model: nn.Module, images: Tensor) -> nn.Module:
-    """A copy in evaluation mode whose running statistics are those of all ``images``, in one batch.
-
-    A momentum of 1 makes the update an assignment: exact statistics of the whole set for these weights.
-    """
-    model = with_batch_statistics(model)
-    for norm in norms(model):
-        norm.momentum = 1.0
-    model(images)
-    return model.eval()
+    """A copy in evaluation mode whose running statistics are those of all ``images``, for these weights."""
+    model = copy.deepcopy(model).eval()
+    recalibrate(model, [images], progress=False)
+    return model
 
 
 @torch.no_grad()
