@@ -91,9 +91,7 @@ class Row:
 
     @property
     def remark(self) -> str:
-        if self.idle:
-            return f"{self.idle} of them never act"
-        return ""
+        return f"{self.idle} of the {self.active} never act" if self.idle else ""
 
 
 @dataclass(frozen=True)
@@ -149,7 +147,7 @@ def examine(name: str) -> Row:
     """Probe one model, and count its nn.Dropout modules."""
     model, inputs = build(name)
     start = time.perf_counter()
-    report = probe(model, **inputs)
+    report = probe(model, progress=False, **inputs)
     seconds = time.perf_counter() - start
     dropouts = [module for module in model.modules() if isinstance(module, nn.modules.dropout._DropoutNd)]
     return Row(

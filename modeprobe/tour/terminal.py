@@ -95,12 +95,10 @@ def show_language_models(result: language_models.Result) -> RenderableType:
                    right_from=4)  # fmt: skip
     for row in result.rows:
         table.add_row(
-            Text(row.name, style="bold"),
+            Text(row.name, style="bold", overflow="fold"),
             row.verdict,
-            row.shortcut,
-            Text.assemble(
-                _verdict(row.shortcut_is_right, "right", "WRONG"), f", but {row.remark}" if row.remark else ""
-            ),
+            f"{row.shortcut} ({row.remark})" if row.remark else row.shortcut,
+            _verdict(row.shortcut_is_right, "right", "WRONG"),
             end_section=True,
         )
     return table
