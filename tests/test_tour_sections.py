@@ -42,9 +42,10 @@ def test_both_conventions_keep_the_mean(dropout_result, p):
     assert by["classic"].training == pytest.approx(1 - p, abs=5 * sigma)
 
 
-def test_the_contract_holds_on_every_backend_of_the_cpu(dropout_result):
+def test_the_contract_holds_on_every_backend_that_works_here(dropout_result):
     usable = {b.name for b in mp.info().backends if b.device == "cpu" and b.usable and b.name != "triton"}
-    assert {check.backend for check in dropout_result.checks} == usable
+    on_cpu = {check.backend for check in dropout_result.checks if " on " not in check.backend}
+    assert on_cpu == usable
     assert all(check.passed for check in dropout_result.checks)
     assert f"All {len(dropout_result.checks)} checks" in dropout_result.answer
 

@@ -128,40 +128,45 @@ def means(p: float, elements: int) -> list[Means]:
 
 def kept(elements: int, p: float, key: torch.Tensor, offset: int = 0) -> torch.Tensor:
     """Which of ``elements`` ones dropout keeps: the kernel itself is asked, not a mask function."""
-    return functional.dropout(torch.ones(elements), p, key=key, offset=offset) != 0
+    return functional.dropout(torch.ones(elements, device=key.device), p, key=key, offset=offset) != 0
 
 
 def bits(kept: torch.Tensor) -> str:
-    return "".join("01"[int(bit)] for bit in kept)
+    return "".join("01"[bit] for bit in kept.tolist())
+
+
+def places() -> list[tuple[str, str]]:
+    """(backend, device) pairs that work here. Triton only on a GPU: its interpreter would take minutes."""
+    devices = ["cpu"] + ["cuda"] * torch.cuda.is_available()
+    return [
+        (name, device)
+        for device in devices
+        for name in ("native", "triton", "reference")
+        if (name, device) != ("triton", "cpu") and backends.why_not(name, device) is None
+    ]
 
 
 def check_contract() -> list[Check]:
-    """Every vector of the mask contract, on every backend that runs on the CPU here."""
+    """Every vector of the mask contract, on every backend and device that work here."""
     checks = [
         Check(
             "reference", f"draws u(0..7) of key {key}", mask.draws(mask.key(*key), 8).tolist() == list(draws)
         )
         for key, draws, _ in VECTORS
     ]
-    for name in ("native", "reference"):
-        if backends.why_not(name, "cpu") is not None:
-            continue
+    for name, device in places():
+        where = name if device == "cpu" else f"{name} on {device}"
         with backends.backend(name):
             for key, _, expected in VECTORS:
-                found = bits(kept(64, 0.1, mask.key(*key)))
-                checks.append(Check(name, f"mask of key {key} at p = 0.1", found == expected))
-            far = mask.key(1234, 5)
-            for p, expected_count in COUNTS:
-                found_count = int(kept(2**22, p, far).sum())
-                checks.append(
-                    Check(
-                        name, f"{expected_count:,} of 2^22 kept at p = {p:.3g}", found_count == expected_count
-                    )
-                )
+                found = bits(kept(64, 0.1, mask.key(*key, device)))
+                checks.append(Check(where, f"mask of key {key} at p = 0.1", found == expected))
+            far = mask.key(1234, 5, device)
+            for p, number in COUNTS:
+                right = int(kept(2**22, p, far).sum()) == number
+                checks.append(Check(where, f"{number:,} of 2^22 kept at p = {p:.3g}", right))
             offset, expected = FAR
-            checks.append(
-                Check(name, "mask from element 2^35 + 3 on", bits(kept(32, 0.5, far, offset)) == expected)
-            )
+            right = bits(kept(32, 0.5, far, offset)) == expected
+            checks.append(Check(where, "mask from element 2^35 + 3 on", right))
     return checks
 
 
