@@ -104,12 +104,15 @@ def rows(report: Report) -> list[tuple[str, tuple[str, ...]]]:
     for site in report.sites + report.ungated:
         pattern = re.sub(r"(?<![^.])\d+(?![^.])", "*", site.path)
         groups.setdefault((pattern, site.what, site.p, site.cause, site.file, site.line), []).append(site)
-    return [(group[0].cause or "ungated", _cells(pattern, group)) for (pattern, *_), group in groups.items()]
+    return [(group[0].cause or "ungated", _cells(group)) for group in groups.values()]
 
 
-def _cells(pattern: str, group: list[Site]) -> tuple[str, ...]:
+def _cells(group: list[Site]) -> tuple[str, ...]:
     site = group[0]
-    path = f"{pattern} ({len(group)} times)" if len(group) > 1 else site.path or "(root)"
+    names = zip(*(s.path.split(".") for s in group), strict=True)
+    path = ".".join(same[0] if len(set(same)) == 1 else "*" for same in names) or "(root)"
+    if len(group) > 1:
+        path += f" ({len(group)} times)"
     p = "" if site.p is None else f"{site.p:g}"
     cause = site.cause or "on in eval mode too"
     where = f"{os.path.basename(site.file)}:{site.line}" if site.file else ""
