@@ -16,7 +16,7 @@ _SCALARS = (
     "lo",
     "scale",
     "offset",
-    "length",
+    "units",
     "size_1",
     "size_2",
     "stride_0",
@@ -28,15 +28,39 @@ _SCALARS = (
 
 @triton.jit
 def _load_scores(
-    scores_ptr, mask_ptr, position, mask_position, inside, ACC: tl.constexpr, BOOLEAN: tl.constexpr
+    scores_ptr,
+    mask_ptr,
+    vector,
+    lane,
+    column,
+    units,
+    ACC: tl.constexpr,
+    BOOLEAN: tl.constexpr,
+    VEC: tl.constexpr,
 ):
+    """A row's scores with its mask, -inf outside."""
+    inside = tl.broadcast_to(vector < units, (vector.shape[0], VEC))
+    position = vector * VEC + lane
     s = tl.load(scores_ptr + position, mask=inside, other=0.0).to(ACC)
     if mask_ptr is not None:
         if BOOLEAN:
-            s = tl.where(tl.load(mask_ptr + mask_position, mask=inside, other=0) != 0, s, float("-inf"))
+            takes_part = tl.load(mask_ptr + position * column, mask=inside, other=0) != 0
+            s = tl.where(takes_part, s, float("-inf"))
         else:
-            s += tl.load(mask_ptr + mask_position, mask=inside, other=0.0).to(ACC)
+            s += tl.load(mask_ptr + position * column, mask=inside, other=0.0).to(ACC)
     return tl.where(inside, s, float("-inf"))
+
+
+@triton.jit
+def _store_dropped(
+    y_ptr, probabilities_ptr, p, vector, lane, units, key, first, hi, lo, factor, VEC: tl.constexpr
+):
+    inside = tl.broadcast_to(vector < units, (vector.shape[0], VEC))
+    if probabilities_ptr is not None:
+        saved = p.to(probabilities_ptr.dtype.element_ty)
+        tl.store(probabilities_ptr + (vector * VEC + lane), saved, mask=inside)
+    y = tl.where(_keep(key, first + vector * VEC, lane, hi, lo, VEC), p, 0.0) * factor
+    tl.store(y_ptr + (vector * VEC + lane), y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -61,7 +85,7 @@ def _softmax_dropout_kernel(
     lo,
     scale,
     offset: tl.int64,  # element index of scores[0], a multiple of VEC
-    length,
+    units,  # vectors in a row
     size_1,
     size_2,
     stride_0: tl.int64,
@@ -69,23 +93,31 @@ def _softmax_dropout_kernel(
     stride_2: tl.int64,
     stride_3: tl.int64,
     BOOLEAN: tl.constexpr,
+    MASK_VECTORS: tl.constexpr,  # stride_3 is 1 and the other strides count vectors
     ACC: tl.constexpr,
     BLOCK: tl.constexpr,
     VEC: tl.constexpr,
-    WHOLE: tl.constexpr,  # BLOCK >= length
+    WHOLE: tl.constexpr,  # BLOCK >= a row
 ):
     row = tl.program_id(0).to(tl.int64)
     vector = tl.arange(0, BLOCK // VEC)[:, None]
     lane = tl.arange(0, VEC)[None, :]
-    position = vector * VEC + lane
-    scores_ptr += row * length
+    scores_ptr += row * units * VEC
+    y_ptr += row * units * VEC
+    if probabilities_ptr is not None:
+        probabilities_ptr += row * units * VEC
     if mask_ptr is not None:
-        mask_ptr += row // size_2 // size_1 * stride_0 + row // size_2 % size_1 * stride_1
-        mask_ptr += row % size_2 * stride_2
-    units = length // VEC
+        start = (
+            row // size_2 // size_1 * stride_0 + row // size_2 % size_1 * stride_1 + row % size_2 * stride_2
+        )
+        if MASK_VECTORS:
+            start = start * VEC
+        mask_ptr += start
+    column = stride_3
+    if MASK_VECTORS:
+        column = 1
     if WHOLE:
-        inside = tl.broadcast_to(vector < units, (BLOCK // VEC, VEC))
-        s = _load_scores(scores_ptr, mask_ptr, position, position * stride_3, inside, ACC, BOOLEAN)
+        s = _load_scores(scores_ptr, mask_ptr, vector, lane, column, units, ACC, BOOLEAN, VEC)
         top = _reduce_max(s)
         top = tl.where(top == float("-inf"), 0.0, top)
         e = tl.exp(s - top)
@@ -95,9 +127,7 @@ def _softmax_dropout_kernel(
         total = tl.zeros((), ACC)
         done = tl.zeros((), tl.int32)
         while done < units:
-            inside = tl.broadcast_to(done + vector < units, (BLOCK // VEC, VEC))
-            at = done * VEC + position
-            s = _load_scores(scores_ptr, mask_ptr, at, at * stride_3, inside, ACC, BOOLEAN)
+            s = _load_scores(scores_ptr, mask_ptr, done + vector, lane, column, units, ACC, BOOLEAN, VEC)
             higher = tl.maximum(top, _reduce_max(s))
             safe = tl.where(higher == float("-inf"), 0.0, higher)
             total = total * tl.exp(top - safe) + _reduce_sum(tl.exp(s - safe))
@@ -108,23 +138,47 @@ def _softmax_dropout_kernel(
     key = _load_key(key_ptr)
     hi, lo = _threshold(parameters_ptr, hi, lo)
     factor = _factor(parameters_ptr, scale, 2, ACC)
-    first = offset + row * length
-    done = tl.zeros((), tl.int32)
-    while done < units:
-        inside = tl.broadcast_to(done + vector < units, (BLOCK // VEC, VEC))
-        at = done * VEC + position
-        if WHOLE:
-            p = e * share
-        else:
-            s = _load_scores(scores_ptr, mask_ptr, at, at * stride_3, inside, ACC, BOOLEAN)
+    first = offset + row * units * VEC
+    if WHOLE:
+        _store_dropped(
+            y_ptr, probabilities_ptr, e * share, vector, lane, units, key, first, hi, lo, factor, VEC
+        )
+    else:
+        done = tl.zeros((), tl.int32)
+        while done < units:
+            at = done + vector
+            s = _load_scores(scores_ptr, mask_ptr, at, lane, column, units, ACC, BOOLEAN, VEC)
             p = tl.exp(s - top) * share
-        if probabilities_ptr is not None:
-            out = probabilities_ptr + row * length + at
-            tl.store(out, p.to(probabilities_ptr.dtype.element_ty), mask=inside)
-        keep = _keep(key, first + (done + vector) * VEC, lane, hi, lo, VEC)
-        y = tl.where(keep, p, 0.0) * factor
-        tl.store(y_ptr + row * length + at, y.to(y_ptr.dtype.element_ty), mask=inside)
-        done += BLOCK // VEC
+            _store_dropped(y_ptr, probabilities_ptr, p, at, lane, units, key, first, hi, lo, factor, VEC)
+            done += BLOCK // VEC
+
+
+@triton.jit
+def _load_gradient(
+    dy_ptr,
+    probabilities_ptr,
+    vector,
+    lane,
+    units,
+    key,
+    first,
+    hi,
+    lo,
+    factor,
+    ACC: tl.constexpr,
+    VEC: tl.constexpr,
+):
+    inside = tl.broadcast_to(vector < units, (vector.shape[0], VEC))
+    p = tl.load(probabilities_ptr + (vector * VEC + lane), mask=inside, other=0.0).to(ACC)
+    d = tl.load(dy_ptr + (vector * VEC + lane), mask=inside, other=0.0).to(ACC)
+    return tl.where(_keep(key, first + vector * VEC, lane, hi, lo, VEC), d, 0.0) * factor, p
+
+
+@triton.jit
+def _store_gradient(dx_ptr, p, d, dot, vector, lane, units, VEC: tl.constexpr):
+    inside = tl.broadcast_to(vector < units, (vector.shape[0], VEC))
+    dx = p * (d - dot)
+    tl.store(dx_ptr + (vector * VEC + lane), dx.to(dx_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=_SCALARS)
@@ -138,7 +192,7 @@ def _softmax_dropout_backward_kernel(
     lo,
     scale,
     offset: tl.int64,
-    length,
+    units,
     ACC: tl.constexpr,
     BLOCK: tl.constexpr,
     VEC: tl.constexpr,
@@ -147,41 +201,42 @@ def _softmax_dropout_backward_kernel(
     row = tl.program_id(0).to(tl.int64)
     vector = tl.arange(0, BLOCK // VEC)[:, None]
     lane = tl.arange(0, VEC)[None, :]
-    position = vector * VEC + lane
-    units = length // VEC
+    dy_ptr += row * units * VEC
+    probabilities_ptr += row * units * VEC
+    dx_ptr += row * units * VEC
     key = _load_key(key_ptr)
     hi, lo = _threshold(parameters_ptr, hi, lo)
     factor = _factor(parameters_ptr, scale, 2, ACC)
-    first = offset + row * length
-    dot = tl.zeros((), ACC)
-    done = tl.zeros((), tl.int32)
-    d = tl.zeros((BLOCK // VEC, VEC), ACC)
-    p = tl.zeros((BLOCK // VEC, VEC), ACC)
-    while done < units:
-        inside = tl.broadcast_to(done + vector < units, (BLOCK // VEC, VEC))
-        at = row * length + (done * VEC + position)
-        p = tl.load(probabilities_ptr + at, mask=inside, other=0.0).to(ACC)
-        d = tl.load(dy_ptr + at, mask=inside, other=0.0).to(ACC)
-        d = tl.where(_keep(key, first + (done + vector) * VEC, lane, hi, lo, VEC), d, 0.0) * factor
-        dot += _reduce_sum(d * p)
-        done += BLOCK // VEC
-    done = tl.zeros((), tl.int32)
-    while done < units:
-        inside = tl.broadcast_to(done + vector < units, (BLOCK // VEC, VEC))
-        at = row * length + (done * VEC + position)
-        if not WHOLE:
-            p = tl.load(probabilities_ptr + at, mask=inside, other=0.0).to(ACC)
-            d = tl.load(dy_ptr + at, mask=inside, other=0.0).to(ACC)
-            d = tl.where(_keep(key, first + (done + vector) * VEC, lane, hi, lo, VEC), d, 0.0) * factor
-        dx = p * (d - dot)
-        tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=inside)
-        done += BLOCK // VEC
+    first = offset + row * units * VEC
+    if WHOLE:
+        d, p = _load_gradient(
+            dy_ptr, probabilities_ptr, vector, lane, units, key, first, hi, lo, factor, ACC, VEC
+        )
+        _store_gradient(dx_ptr, p, d, _reduce_sum(d * p), vector, lane, units, VEC)
+    else:
+        dot = tl.zeros((), ACC)
+        done = tl.zeros((), tl.int32)
+        while done < units:
+            d, p = _load_gradient(
+                dy_ptr, probabilities_ptr, done + vector, lane, units, key, first, hi, lo, factor, ACC, VEC
+            )
+            dot += _reduce_sum(d * p)
+            done += BLOCK // VEC
+        done = tl.zeros((), tl.int32)
+        while done < units:
+            d, p = _load_gradient(
+                dy_ptr, probabilities_ptr, done + vector, lane, units, key, first, hi, lo, factor, ACC, VEC
+            )
+            _store_gradient(dx_ptr, p, d, dot, done + vector, lane, units, VEC)
+            done += BLOCK // VEC
 
 
 def _block(length: int) -> tuple[int, int]:
-    """(elements of a row handled at once, warps)."""
+    """(elements of a row handled at once, warps): 16 elements a thread, 32 in the longest rows."""
     block = min(max(256, triton.next_power_of_2(length)), MOST_IN_REGISTERS)
-    return block, min(16, max(1, block // 1024))
+    if length > block:
+        block = 4096
+    return block, min(16, max(1, block // 512))
 
 
 def _four_dimensions(mask: torch.Tensor, shape: torch.Size) -> tuple[torch.Tensor, list[int], list[int]]:
@@ -225,6 +280,9 @@ def launch_softmax_dropout(
     boolean = mask is not None and mask.dtype == torch.bool
     if mask is not None:
         mask, sizes, strides = _four_dimensions(mask.view(torch.uint8) if boolean else mask, x.shape)
+    in_vectors = strides[3] == 1 and not any(stride % vector for stride in strides[:3])
+    if in_vectors:
+        strides = [stride // vector for stride in strides]
     _softmax_dropout_kernel[(x.numel() // length,)](
         x,
         mask,
@@ -233,10 +291,11 @@ def launch_softmax_dropout(
         key,
         *values[:4],
         offset,
-        length,
+        length // vector,
         *sizes,
         *strides,
         boolean,
+        in_vectors,
         triton_acc(x.dtype),
         block,
         vector,
@@ -270,7 +329,7 @@ def launch_softmax_dropout_backward(
         key,
         *values[:4],
         offset,
-        length,
+        length // vector,
         triton_acc(dy.dtype),
         block,
         vector,

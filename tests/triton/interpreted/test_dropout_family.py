@@ -5,10 +5,11 @@ import torch
 
 pytest.importorskip("triton")
 
+from modeprobe.triton_kernels import softmax_dropout as softmax_kernels
+
 from modeprobe import mask
 from modeprobe.ops import dropout_reference as reference
 from modeprobe.ops import dropout_triton as triton_ops
-from modeprobe.triton_kernels import softmax_dropout as softmax_kernels
 
 pytestmark = [pytest.mark.rung("triton"), pytest.mark.filterwarnings("ignore::RuntimeWarning")]
 
