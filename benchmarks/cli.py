@@ -117,14 +117,18 @@ def results_path(output: Path | None, machine: str | None, device: str, quick: b
 
 
 def selected(device: str, pattern: str | None, quick: bool) -> list[Work]:
-    from .check import priority
+    from fnmatch import fnmatchcase
+
+    from .check import target_works
     from .registry import all_works, select
 
     works = select(all_works(device), pattern)
     if not quick or pattern is not None:
-        # What targets speak of comes first: a run that ends early has their verdicts.
-        return sorted(works, key=lambda work: priority(work, device))
-    return [work for work in works if priority(work, device) == 0]
+        return works
+    wanted = target_works(device)
+    return [
+        work for work in works if any(work.name == name or fnmatchcase(work.name, name) for name in wanted)
+    ]
 
 
 def measure_all(
@@ -149,7 +153,7 @@ def measure_all(
             device,
             found,
             path,
-            limits=runner.QUICK if quick else runner.GPU if device == "cuda" else runner.FULL,
+            limits=runner.QUICK if quick else runner.FULL,
             budget=budget,
             without=("torch.compile",) if quick else (),
             report=progress.done,

@@ -11,7 +11,6 @@ import typer
 
 import modeprobe
 from modeprobe.benchmarks.cli import bench
-from modeprobe.probe.cli import probe
 
 app = typer.Typer(
     name="modeprobe",
@@ -40,7 +39,6 @@ def _root(
 
 
 app.command()(bench)
-app.command()(probe)
 
 
 class Section(str, Enum):

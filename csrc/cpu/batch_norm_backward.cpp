@@ -197,6 +197,7 @@ Gradients batch_norm_backward(const Tensor& grad_output_in, const MaybeTensor& i
         job.reduce_args.grad_residual = nullptr;
       }
       a.grad_input = need_input ? mutable_data<T>(grad_input) : nullptr;
+      a.stream = need_input && streams(grad_input);
       if (in.plain() && need_residual) {
         Tensor copy = grad_residual;
         torch::stable::copy_(copy, in.grad_output);
@@ -261,6 +262,7 @@ std::tuple<Tensor, Tensor> batch_norm_backward_input(const Tensor& grad_output_i
     Backward<T> a = in.args<T>(job);
     a.batch_statistics = true;
     a.grad_input = mutable_data<T>(grad_input);
+    a.stream = streams(grad_input);
     if (need_residual && in.plain()) {
       Tensor copy = grad_residual;
       torch::stable::copy_(copy, in.grad_output);

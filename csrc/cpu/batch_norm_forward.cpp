@@ -219,6 +219,7 @@ Output batch_norm_train(const Tensor& input_in, const MaybeTensor& weight, const
     ForwardJob<T> job(kernels, v);
     job.args.input = data<T>(input);
     job.args.output = mutable_data<T>(output);
+    job.args.stream = streams(output);
     job.args.epilogue = epilogue.get<T>();
     job.eps = eps;
     job.statistics = mutable_data<acc_t<T>>(statistics);
@@ -260,6 +261,7 @@ Output batch_norm_eval(const Tensor& input_in, const Tensor& mean, const Tensor&
     ForwardJob<T> job(kernels, v);
     job.args.input = data<T>(input);
     job.args.output = mutable_data<T>(output);
+    job.args.stream = streams(output);
     job.args.epilogue = epilogue.get<T>();
     job.eps = eps;
     job.statistics = save ? mutable_data<acc_t<T>>(statistics) : nullptr;

@@ -31,6 +31,8 @@ using acc_t = typename Accumulate<T>::Type;
 
 enum Activation { kNone, kRelu, kLeakyRelu, kSilu, kGelu, kGeluTanh };
 
+constexpr int kMaxGroup = 64;  // channels of a plane tile
+
 struct Planes {
   int64_t begin, images, image_stride, channels, channel_stride, length;
 };
@@ -56,6 +58,7 @@ struct Normalize {
   const T* input;
   T* output;
   const acc_t<T>*mean, *scale, *bias;
+  bool stream;  // output is larger than what caches keep
   Epilogue<T> epilogue;
 };
 
@@ -66,6 +69,7 @@ struct Backward {
   T *grad_input, *grad_residual;  // grad_residual = dz
   const acc_t<T>*mean, *scale, *bias, *dz_mean, *x_slope;
   bool batch_statistics;
+  bool stream;  // grad_input is larger than what caches keep
   Epilogue<T> epilogue;
 };
 

@@ -2,18 +2,24 @@
 
 constexpr int kUnroll = 8;
 
-// Calls body(i, lanes) over [0, n) in steps of at most 16. With bits in play, element begin + i of every
-// full step starts on a byte.
+// Calls body(i, lanes) over [0, n) in steps of at most 16, full ones from `head` on.
 template <class Body>
-INLINE void for_span(int64_t begin, int64_t n, bool on_bytes, const Body& body) {
+INLINE void for_span(int64_t n, int64_t head, const Body& body) {
   int64_t i = 0;
-  if (on_bytes && (begin & 7) != 0) {
-    i = 8 - (begin & 7);
-    if (i > n) i = n;
-    body(int64_t{0}, First{int(i)});
+  if (head > 0) {
+    i = head < n ? head : n;
+    for (int64_t from = 0; from < i; from += kLanes)
+      body(from, First{int(i - from < kLanes ? i - from : kLanes)});
   }
   for (; i + kLanes <= n; i += kLanes) body(i, All{});
   if (i < n) body(i, First{int(n - i)});
+}
+
+// Where full steps over elements from `begin` may start: on a byte of the bits, on a line of streamed memory.
+template <class T>
+INLINE int64_t head_of(int64_t begin, bool on_bytes, bool on_lines) {
+  constexpr int64_t kLine = 64 / int64_t(sizeof(T));
+  return on_lines ? -begin & (kLine - 1) : on_bytes ? -begin & 7 : 0;
 }
 
 // ---- Per-channel operands: one value for a plane, a vector along a row ----
@@ -92,28 +98,37 @@ static __attribute__((noinline)) double squares_in_double(const T* x, int64_t n,
   return sum_lanes(sum);
 }
 
+// Images outside, channels inside: neighbouring channels are one run of memory.
 template <class T>
 void plane_moments(const T* input, Planes t, double* mean, double* m2) {
   using V = typename LanesOf<T>::Type;
   using A = typename V::Scalar;
   const double n = double(t.images * t.length);
+  const T* x = input + t.begin;
+  D sums[kMaxGroup];
+  for (int64_t c = 0; c < t.channels; ++c) sums[c] = splat<D>(0);
+  for (int64_t i = 0; i < t.images; ++i)
+    for (int64_t c = 0; c < t.channels; ++c)
+      sums[c] = sum_span(x + i * t.image_stride + c * t.channel_stride, t.length, sums[c]);
+  A near[kMaxGroup];
   for (int64_t c = 0; c < t.channels; ++c) {
-    const T* x = input + t.begin + c * t.channel_stride;
-    D sum = splat<D>(0);
-    for (int64_t i = 0; i < t.images; ++i) sum = sum_span(x + i * t.image_stride, t.length, sum);
-    mean[c] = sum_lanes(sum) / n;
-    const A near = A(mean[c]);
-    D squares = splat<D>(0);
-    for (int64_t i = 0; i < t.images; ++i)
-      squares = squares_span(x + i * t.image_stride, t.length, splat<V>(near), squares);
-    m2[c] = sum_lanes(squares);
+    mean[c] = sum_lanes(sums[c]) / n;
+    near[c] = A(mean[c]);
+    sums[c] = splat<D>(0);
+  }
+  for (int64_t i = 0; i < t.images; ++i)
+    for (int64_t c = 0; c < t.channels; ++c)
+      sums[c] =
+          squares_span(x + i * t.image_stride + c * t.channel_stride, t.length, splat<V>(near[c]), sums[c]);
+  for (int64_t c = 0; c < t.channels; ++c) {
+    m2[c] = sum_lanes(sums[c]);
     if (sizeof(A) == 4 && !__builtin_isfinite(m2[c]) && __builtin_isfinite(mean[c])) {
       m2[c] = 0;
       for (int64_t i = 0; i < t.images; ++i)
-        m2[c] += squares_in_double(x + i * t.image_stride, t.length, mean[c]);
+        m2[c] += squares_in_double(x + i * t.image_stride + c * t.channel_stride, t.length, mean[c]);
     } else {
       // sum((x - near)^2) = M2 + n * (mean - near)^2, `near` being the mean as rounded for the loop.
-      const double off = mean[c] - double(near);
+      const double off = mean[c] - double(near[c]);
       m2[c] -= n * off * off;
       if (m2[c] < 0) m2[c] = 0;
     }
@@ -127,7 +142,7 @@ INLINE void add_rows(const T* x, int64_t rows, int64_t width, double* sum, const
   int64_t r = 0;
   for (; r + kUnroll <= rows; r += kUnroll) {
     const T* base = x + r * width;
-    for_span(0, width, false, [&](int64_t j, auto lanes) LAMBDA {
+    for_span(width, 0, [&](int64_t j, auto lanes) LAMBDA {
       V v[kUnroll];
       for (int k = 0; k < kUnroll; ++k) v[k] = f(load(base + k * width + j, lanes), j);
       store(sum + j, load(sum + j, All{}) + widen(tree(v)), All{});
@@ -135,7 +150,7 @@ INLINE void add_rows(const T* x, int64_t rows, int64_t width, double* sum, const
   }
   for (; r < rows; ++r) {
     const T* base = x + r * width;
-    for_span(0, width, false, [&](int64_t j, auto lanes) LAMBDA {
+    for_span(width, 0, [&](int64_t j, auto lanes) LAMBDA {
       store(sum + j, load(sum + j, All{}) + widen(f(load(base + j, lanes), j)), All{});
     });
   }
@@ -188,7 +203,8 @@ INLINE uint32_t read_bits(const uint8_t* bits, int64_t at, All) {
 }
 INLINE uint32_t read_bits(const uint8_t* bits, int64_t at, First f) {
   uint32_t word = bits[at >> 3] >> (at & 7);
-  if ((at & 7) + f.n > 8) word |= uint32_t(bits[(at >> 3) + 1]) << (8 - (at & 7));
+  for (int bit = 8 - int(at & 7), next = 1; bit < f.n; bit += 8, ++next)
+    word |= uint32_t(bits[(at >> 3) + next]) << bit;
   return word;
 }
 
@@ -199,8 +215,8 @@ INLINE void write_bits(uint8_t* bits, int64_t at, uint32_t word, All) {
 // A partial step may share its bytes with a neighbour on another thread; the bits start as zeros.
 INLINE void write_bits(uint8_t* bits, int64_t at, uint32_t word, First f) {
   word = (word & ((1u << f.n) - 1)) << (at & 7);
-  __atomic_fetch_or(bits + (at >> 3), uint8_t(word), __ATOMIC_RELAXED);
-  if ((at & 7) + f.n > 8) __atomic_fetch_or(bits + (at >> 3) + 1, uint8_t(word >> 8), __ATOMIC_RELAXED);
+  for (uint8_t* byte = bits + (at >> 3); word != 0; word >>= 8)
+    __atomic_fetch_or(byte++, uint8_t(word), __ATOMIC_RELAXED);
 }
 
 template <class T, class V, class L>
@@ -228,12 +244,16 @@ INLINE void normalize_span(const Normalize<T>& a, int64_t begin, int64_t n, int6
   const Operand<V> mean(a.mean, channel), scale(a.scale, channel), bias(a.bias, channel);
   const Epilogue<T>& e = a.epilogue;
   const bool on_bytes = kind != kPlain && (e.sign_bits || e.keep_bits);
-  for_span(begin, n, on_bytes, [&](int64_t i, auto lanes) LAMBDA {
+  for_span(n, head_of<T>(begin, on_bytes, a.stream), [&](int64_t i, auto lanes) LAMBDA {
     const int64_t at = begin + i;
     V z = (load(a.input + at, lanes) - mean.at(i, lanes)) * scale.at(i, lanes) + bias.at(i, lanes);
     if constexpr (kind == kRectifier) z = rectified(a, at, lanes, z);
     if constexpr (kind == kAny) z = any_epilogue(a, at, lanes, z);
-    store(a.output + at, z, lanes);
+    if (a.stream) {
+      stream(a.output + at, z, lanes);
+    } else {
+      store(a.output + at, z, lanes);
+    }
   });
 }
 
@@ -302,19 +322,21 @@ template <Kind kind, class T>
 static void plane_backward_reduce_as(const Backward<T>& a, Planes t, double* sum, double* dot) {
   using V = typename LanesOf<T>::Type;
   constexpr int kSteps = 4;
-  for (int64_t c = 0; c < t.channels; ++c) {
-    const BackwardOperands<kind, T, OfPlane> o(a, c);
-    const V mean = o.mean.value;
-    D total = splat<D>(0), product = splat<D>(0);
-    const auto step = [&](int64_t at, auto lanes, V& s, V& p) LAMBDA {
-      const V x = load(a.input + at, lanes);
-      const V dz = keep_lanes(o.dz(at, 0, lanes, x, mean), lanes);
-      if (kind != kPlain && a.grad_residual) store(a.grad_residual + at, dz, lanes);
-      s = dz;
-      p = keep_lanes(dz * (x - mean), lanes);
-    };
-    for (int64_t i = 0; i < t.images; ++i) {
-      const int64_t begin = t.begin + c * t.channel_stride + i * t.image_stride;
+  D totals[kMaxGroup], products[kMaxGroup];
+  for (int64_t c = 0; c < t.channels; ++c) totals[c] = products[c] = splat<D>(0);
+  for (int64_t image = 0; image < t.images; ++image) {
+    for (int64_t c = 0; c < t.channels; ++c) {
+      const BackwardOperands<kind, T, OfPlane> o(a, c);
+      const V mean = o.mean.value;
+      D total = totals[c], product = products[c];
+      const auto step = [&](int64_t at, auto lanes, V& s, V& p) LAMBDA {
+        const V x = load(a.input + at, lanes);
+        const V dz = keep_lanes(o.dz(at, 0, lanes, x, mean), lanes);
+        if (kind != kPlain && a.grad_residual) store(a.grad_residual + at, dz, lanes);
+        s = dz;
+        p = keep_lanes(dz * (x - mean), lanes);
+      };
+      const int64_t begin = t.begin + c * t.channel_stride + image * t.image_stride;
       int64_t k = 0;
       V s[kSteps], p[kSteps];
       if (!o.on_bytes || (begin & 7) == 0) {
@@ -324,21 +346,25 @@ static void plane_backward_reduce_as(const Backward<T>& a, Planes t, double* sum
           product = product + widen((p[0] + p[1]) + (p[2] + p[3]));
         }
       }
-      for_span(begin + k, t.length - k, o.on_bytes, [&](int64_t j, auto lanes) LAMBDA {
+      for_span(t.length - k, head_of<T>(begin + k, o.on_bytes, false), [&](int64_t j, auto lanes) LAMBDA {
         step(begin + k + j, lanes, s[0], p[0]);
         total = total + widen(s[0]);
         product = product + widen(p[0]);
       });
+      totals[c] = total;
+      products[c] = product;
     }
-    sum[c] += sum_lanes(total);
-    dot[c] += sum_lanes(product);
+  }
+  for (int64_t c = 0; c < t.channels; ++c) {
+    sum[c] += sum_lanes(totals[c]);
+    dot[c] += sum_lanes(products[c]);
   }
 }
 
 template <Kind kind, class T>
 static void row_backward_reduce_as(const Backward<T>& a, Rows t, double* sum, double* dot) {
   using V = typename LanesOf<T>::Type;
-  constexpr int kSteps = 4;
+  constexpr int kSteps = kPlain == kind ? 8 : 4;  // as the registers allow
   const BackwardOperands<kind, T, OfRow> o(a, 0);
   const auto step = [&](int64_t at, int64_t j, auto lanes, V mean, V& s, V& p) LAMBDA {
     const V x = load(a.input + at, lanes);
@@ -352,18 +378,23 @@ static void row_backward_reduce_as(const Backward<T>& a, Rows t, double* sum, do
   if (!o.on_bytes || ((t.begin | t.width) & 7) == 0) {
     for (; r + kSteps <= t.rows; r += kSteps) {
       const int64_t begin = t.begin + r * t.width;
-      for_span(0, t.width, false, [&](int64_t j, auto lanes) LAMBDA {
+      for_span(t.width, 0, [&](int64_t j, auto lanes) LAMBDA {
         const V mean = o.mean.at(j, lanes);
         V s[kSteps], p[kSteps];
         for (int u = 0; u < kSteps; ++u) step(begin + u * t.width + j, j, lanes, mean, s[u], p[u]);
-        add(sum, j, (s[0] + s[1]) + (s[2] + s[3]), lanes);
-        add(dot, j, (p[0] + p[1]) + (p[2] + p[3]), lanes);
+        V total = (s[0] + s[1]) + (s[2] + s[3]), product = (p[0] + p[1]) + (p[2] + p[3]);
+        if constexpr (kSteps == 8) {
+          total = total + ((s[4] + s[5]) + (s[6] + s[7]));
+          product = product + ((p[4] + p[5]) + (p[6] + p[7]));
+        }
+        add(sum, j, total, lanes);
+        add(dot, j, product, lanes);
       });
     }
   }
   for (; r < t.rows; ++r) {
     const int64_t begin = t.begin + r * t.width;
-    for_span(begin, t.width, o.on_bytes, [&](int64_t j, auto lanes) LAMBDA {
+    for_span(t.width, head_of<T>(begin, o.on_bytes, false), [&](int64_t j, auto lanes) LAMBDA {
       V s, p;
       step(begin + j, j, lanes, o.mean.at(j, lanes), s, p);
       add(sum, j, s, lanes);
@@ -378,7 +409,7 @@ INLINE void backward_input_span(const Backward<T>& a, int64_t begin, int64_t n, 
   const BackwardOperands<kind, T, Operand> o(a, channel);
   const Operand<V> dz_mean(a.dz_mean, channel), x_slope(a.x_slope, channel);
   const bool centred = a.batch_statistics;
-  for_span(begin, n, o.on_bytes, [&](int64_t i, auto lanes) LAMBDA {
+  for_span(n, head_of<T>(begin, o.on_bytes, a.stream), [&](int64_t i, auto lanes) LAMBDA {
     const int64_t at = begin + i;
     const V mean = o.mean.at(i, lanes);
     V x{}, dz;
@@ -389,7 +420,12 @@ INLINE void backward_input_span(const Backward<T>& a, int64_t begin, int64_t n, 
     if (kind != kPlain && a.grad_residual) store(a.grad_residual + at, dz, lanes);
     if (kind != kPlain && !a.grad_input) return;
     if (centred) dz = dz - dz_mean.at(i, lanes) - (x - mean) * x_slope.at(i, lanes);
-    store(a.grad_input + at, dz * o.scale.at(i, lanes), lanes);
+    const V dx = dz * o.scale.at(i, lanes);
+    if (a.stream) {
+      stream(a.grad_input + at, dx, lanes);
+    } else {
+      store(a.grad_input + at, dx, lanes);
+    }
   });
 }
 
@@ -409,23 +445,27 @@ static void row_backward_input_as(const Backward<T>& a, Rows t) {
 
 // ---- The table ----
 
-#define MODEPROBE_BY_KIND(name, ...)           \
-  switch (kind_of(a.epilogue)) {               \
-    case kPlain:                               \
-      return name<kPlain, T>(__VA_ARGS__);     \
-    case kRectifier:                           \
-      return name<kRectifier, T>(__VA_ARGS__); \
-    default:                                   \
-      return name<kAny, T>(__VA_ARGS__);       \
+#define MODEPROBE_BY_KIND(name, ...)    \
+  switch (kind_of(a.epilogue)) {        \
+    case kPlain:                        \
+      name<kPlain, T>(__VA_ARGS__);     \
+      break;                            \
+    case kRectifier:                    \
+      name<kRectifier, T>(__VA_ARGS__); \
+      break;                            \
+    default:                            \
+      name<kAny, T>(__VA_ARGS__);       \
   }
 
 template <class T>
 void plane_normalize(const Normalize<T>& a, Planes t) {
   MODEPROBE_BY_KIND(plane_normalize_as, a, t)
+  if (a.stream) fence();
 }
 template <class T>
 void row_normalize(const Normalize<T>& a, Rows t) {
   MODEPROBE_BY_KIND(row_normalize_as, a, t)
+  if (a.stream) fence();
 }
 template <class T>
 void plane_backward_reduce(const Backward<T>& a, Planes t, double* sum, double* dot) {
@@ -438,10 +478,12 @@ void row_backward_reduce(const Backward<T>& a, Rows t, double* sum, double* dot)
 template <class T>
 void plane_backward_input(const Backward<T>& a, Planes t) {
   MODEPROBE_BY_KIND(plane_backward_input_as, a, t)
+  if (a.stream) fence();
 }
 template <class T>
 void row_backward_input(const Backward<T>& a, Rows t) {
   MODEPROBE_BY_KIND(row_backward_input_as, a, t)
+  if (a.stream) fence();
 }
 #undef MODEPROBE_BY_KIND
 

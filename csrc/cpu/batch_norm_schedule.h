@@ -74,7 +74,8 @@ struct PlaneTiling {
     chunks = ceil_div(v.inner, kTileElements);
     chunk = ceil_div(ceil_div(v.inner, chunks), kPad) * kPad;
     chunks = ceil_div(v.inner, chunk);
-    group = std::clamp<int64_t>(kContiguousElements / v.inner, 1, std::max<int64_t>(1, v.c / 32));
+    const int64_t most = std::clamp<int64_t>(v.c / 32, 1, kMaxGroup);
+    group = std::clamp<int64_t>(kContiguousElements / v.inner, 1, most);
     groups = ceil_div(v.c, group);
     images = std::clamp<int64_t>(kTileElements / std::min(chunk, v.inner), 1, v.n);
     blocks = ceil_div(v.n, images) * chunks;

@@ -73,6 +73,14 @@ void with_type(ScalarType type, const F& f) {
   }
 }
 
+// Outputs from this size on leave the caches before they are read again.
+constexpr int64_t kLargeOutputBytes = int64_t{1} << 24;
+
+inline bool streams(const Tensor& t) {
+  return t.numel() * static_cast<int64_t>(t.element_size()) >= kLargeOutputBytes &&
+         reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 64 == 0;
+}
+
 template <class T>
 const T* data(const Tensor& t) {
   return static_cast<const T*>(t.const_data_ptr());

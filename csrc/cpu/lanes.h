@@ -281,6 +281,34 @@ INLINE void store(Half* p, F v, All) {
 }
 #endif
 
+// Past the caches, for memory that is not read again soon: no line is fetched only to be overwritten.
+// Wants p aligned to 64 bytes at every full step; fence() before another thread reads.
+#if MODEPROBE_ISA_WIDTH >= 256
+template <class T>
+INLINE void stream(T* p, typename LanesOf<T>::Type v, All) {
+  if constexpr (sizeof(T) == 2) {
+    alignas(32) T buffer[kLanes];
+    store(buffer, v, All{});
+    _mm256_stream_si256((__m256i*)p, _mm256_load_si256((const __m256i*)buffer));
+  } else {
+    for (int k = 0; k < v.kCount; ++k) {
+      T* to = p + k * v.kWidth;
+#if MODEPROBE_ISA_WIDTH == 512
+      _mm512_stream_si512((__m512i*)to, (__m512i)v.r[k]);
+#else
+      _mm256_stream_si256((__m256i*)to, (__m256i)v.r[k]);
+#endif
+    }
+  }
+}
+INLINE void fence() { _mm_sfence(); }
+#else
+template <class T>
+INLINE void stream(T* p, typename LanesOf<T>::Type v, All) {
+  store(p, v, All{});
+}
+INLINE void fence() {}
+#endif
 #if MODEPROBE_ISA_WIDTH != 512
 template <class T>
 OUTLINE void copy_first(T* to, const T* from, int n) {
@@ -329,4 +357,9 @@ INLINE void store(T* p, typename LanesOf<T>::Type v, First f) {
   store(buffer, v, All{});
   copy_first(p, buffer, f.n);
 #endif
+}
+
+template <class T>
+INLINE void stream(T* p, typename LanesOf<T>::Type v, First f) {
+  store(p, v, f);
 }

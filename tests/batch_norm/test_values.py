@@ -204,3 +204,23 @@ def test_non_finite_values_spread_as_in_torch(value, layout):
     MF.batch_norm(clean, mean, var, training=True, momentum=1.0)
     assert var.isfinite().all()
     assert mean.isfinite().all()
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_outputs_larger_than_caches(layout):
+    shape = (5, 33, 171, 171)
+    x = sample(shape, layout=layout)
+    residual, grad = torch.empty_like(x).normal_(), torch.empty_like(x).normal_()
+    results = []
+    for function in (
+        lambda x, r: F.relu(F.batch_norm(x, None, None, training=True) + r),
+        lambda x, r: MF.batch_norm(x, None, None, training=True, activation="relu", residual=r),
+    ):
+        leaves = [x.detach().requires_grad_(), residual.detach().requires_grad_()]
+        y = function(*leaves)
+        y.backward(grad)
+        results.append([y.detach(), leaves[0].grad, leaves[1].grad])
+    # Where z is a rounding error away from zero, either side of the rectifier is right.
+    torch.testing.assert_close(results[1][0], results[0][0])
+    for mine, own in zip(results[1][1:], results[0][1:], strict=True):
+        assert ((mine - own).abs() > 1e-4).float().mean() < 1e-6
