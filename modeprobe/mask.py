@@ -82,13 +82,33 @@ def fold_in(key: Tensor, n: int | Tensor) -> Tensor:
                 f"mask.fold_in: n must be an int or an int64 tensor with one element on {key.device}, "
                 f"got {n.dtype} of shape {tuple(n.shape)} on {n.device}"
             )
+        if _compiled(key):
+            return torch.ops.modeprobe.fold_in.default(key, 0, n)
         count = n.reshape(())
     else:
         if not isinstance(n, int) or isinstance(n, bool):
             raise TypeError(f"mask.fold_in: n must be an int or an int64 tensor, got {type(n).__name__}")
         if not 0 <= n < 1 << 62:
             raise ValueError(f"mask.fold_in: n must be in [0, 2**62), got {n}")
+        if _compiled(key):
+            return torch.ops.modeprobe.fold_in.default(key, n)
         count = torch.full((), n, dtype=torch.int64, device=key.device)
+    return _fold_in(key, count)
+
+
+def _compiled(key: Tensor) -> bool:
+    """Whether modeprobe's library is there to do in one step what takes some hundred here."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    if not hasattr(torch.ops.modeprobe, "fold_in"):
+        return False
+    device = key.device.type.upper()
+    return device in ("CPU", "CUDA") and torch._C._dispatch_has_kernel_for_dispatch_key(
+        "modeprobe::fold_in", device
+    )
+
+
+def _fold_in(key: Tensor, count: Tensor) -> Tensor:
     low, high = _halves(count)
     words = philox(_halves(key[0]), (*_halves(key[1]), low, (high & 0x3FFFFFFF) | _FOLD))
     return torch.stack([words[0] | words[1] << 32, words[2] | words[3] << 32])

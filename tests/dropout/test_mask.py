@@ -147,6 +147,7 @@ def test_fold_in_is_philox_of_its_own_counters():
     key = mask.key(seed, stream)
     assert torch.equal(mask.fold_in(key, n), expected)
     assert torch.equal(mask.fold_in(key, torch.tensor([n])), expected)
+    assert torch.equal(mask._fold_in(key, torch.tensor(n)), expected)
     assert not torch.equal(mask.fold_in(key, n + 1), expected)
 
 
