@@ -11,6 +11,7 @@ from modeprobe.ops.dropout_fake import FAKES
 _P = "Tensor key, float p"
 _PLACE = "int offset=0"
 _RATE = "Tensor? p_tensor=None"
+_GRAD = "Tensor grad_output"
 
 # Those of csrc/library.cpp.
 _SCHEMAS = {
@@ -20,11 +21,13 @@ _SCHEMAS = {
     "fold_in": "(Tensor key, int n, Tensor? n_tensor=None) -> Tensor",
     "structured_dropout": f"(Tensor input, {_P}, int[] shared_dims, {_PLACE}, bool scaled=True, {_RATE}) "
     "-> Tensor",
-    "alpha_dropout": f"(Tensor input, {_P}, int[] shared_dims, bool linear=False, {_PLACE}, {_RATE}) -> Tensor",
+    "alpha_dropout": f"(Tensor input, {_P}, int[] shared_dims, bool linear=False, {_PLACE}, {_RATE}) "
+    "-> Tensor",
     "bias_dropout_add": f"(Tensor input, Tensor? bias, Tensor residual, {_P}, {_PLACE}, {_RATE}) -> Tensor",
-    "bias_dropout_add_backward": f"(Tensor grad_output, {_P}, {_PLACE}, {_RATE}) -> (Tensor, Tensor)",
-    "softmax_dropout": f"(Tensor scores, Tensor? mask, {_P}, bool save, {_PLACE}, {_RATE}) -> (Tensor, Tensor)",
-    "softmax_dropout_backward": f"(Tensor grad_output, Tensor probabilities, {_P}, {_PLACE}, {_RATE}) -> Tensor",
+    "bias_dropout_add_backward": f"({_GRAD}, {_P}, {_PLACE}, {_RATE}) -> (Tensor, Tensor)",
+    "softmax_dropout": f"(Tensor scores, Tensor? mask, {_P}, bool save, {_PLACE}, {_RATE}) "
+    "-> (Tensor, Tensor)",
+    "softmax_dropout_backward": f"({_GRAD}, Tensor probabilities, {_P}, {_PLACE}, {_RATE}) -> Tensor",
 }
 
 
