@@ -34,9 +34,8 @@ void run(const Tensor& from, const Tensor& to, const Tensor& key, double p, int6
   const Affine affine{scaled ? keep_scale<double>(p) : 1.0, 0.0, 0.0};
   const auto* x = static_cast<const char*>(from.const_data_ptr());
   auto* y = static_cast<char*>(to.mutable_data_ptr());
-  const bool stream = x != y && numel * size >= kStreamBytes;
   for_each_tile(k, p, uint64_t(offset), numel, [&](int64_t begin, int64_t n, const uint64_t* bits) {
-    apply(x + begin * size, y + begin * size, n, bits, affine, stream);
+    apply(x + begin * size, y + begin * size, n, bits, affine);
   });
 }
 

@@ -28,33 +28,24 @@ inline __m256 load(const c10::BFloat16* p) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
 }
 
-template <bool kStream>
-inline void store(float* p, __m256 value) {
-  kStream ? _mm256_stream_ps(p, value) : _mm256_storeu_ps(p, value);
-}
-template <bool kStream>
-inline void store(double* p, __m256d value) {
-  kStream ? _mm256_stream_pd(p, value) : _mm256_storeu_pd(p, value);
-}
-template <bool kStream>
+inline void store(float* p, __m256 value) { _mm256_storeu_ps(p, value); }
+inline void store(double* p, __m256d value) { _mm256_storeu_pd(p, value); }
 inline void store(void* p, __m128i value) {
   auto* to = static_cast<__m128i*>(p);
-  kStream ? _mm_stream_si128(to, value) : _mm_storeu_si128(to, value);
+  _mm_storeu_si128(to, value);
 }
-template <bool kStream>
 inline void store(c10::Half* p, __m256 value) {
-  store<kStream>(static_cast<void*>(p), _mm256_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT));
+  store(static_cast<void*>(p), _mm256_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT));
 }
 // To nearest even. A NaN that stems from bfloat16 data has zeros where the carry would start, so it stays
 // one.
-template <bool kStream>
 inline void store(c10::BFloat16* p, __m256 value) {
   const __m256i word = _mm256_castps_si256(value);
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(word, 16), _mm256_set1_epi32(1));
   const __m256i rounded =
       _mm256_srli_epi32(_mm256_add_epi32(_mm256_add_epi32(word, _mm256_set1_epi32(0x7fff)), odd), 16);
-  store<kStream>(static_cast<void*>(p),
-                 _mm_packus_epi32(_mm256_castsi256_si128(rounded), _mm256_extracti128_si256(rounded, 1)));
+  store(static_cast<void*>(p),
+        _mm_packus_epi32(_mm256_castsi256_si128(rounded), _mm256_extracti128_si256(rounded, 1)));
 }
 
 inline __m256 select(uint64_t kept, __m256 value, __m256 fill) {

@@ -28,31 +28,22 @@ inline __m512 load(const c10::BFloat16* p) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
 }
 
-template <bool kStream>
-inline void store(float* p, __m512 value) {
-  kStream ? _mm512_stream_ps(p, value) : _mm512_storeu_ps(p, value);
-}
-template <bool kStream>
-inline void store(double* p, __m512d value) {
-  kStream ? _mm512_stream_pd(p, value) : _mm512_storeu_pd(p, value);
-}
-template <bool kStream>
+inline void store(float* p, __m512 value) { _mm512_storeu_ps(p, value); }
+inline void store(double* p, __m512d value) { _mm512_storeu_pd(p, value); }
 inline void store(void* p, __m256i value) {
   auto* to = static_cast<__m256i*>(p);
-  kStream ? _mm256_stream_si256(to, value) : _mm256_storeu_si256(to, value);
+  _mm256_storeu_si256(to, value);
 }
-template <bool kStream>
 inline void store(c10::Half* p, __m512 value) {
-  store<kStream>(static_cast<void*>(p), _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT));
+  store(static_cast<void*>(p), _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT));
 }
 // To nearest even. A NaN that stems from bfloat16 data has zeros where the carry would start, so it stays
 // one.
-template <bool kStream>
 inline void store(c10::BFloat16* p, __m512 value) {
   const __m512i word = _mm512_castps_si512(value);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(word, 16), _mm512_set1_epi32(1));
   const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(word, _mm512_set1_epi32(0x7fff)), odd);
-  store<kStream>(static_cast<void*>(p), _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
+  store(static_cast<void*>(p), _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
 }
 
 inline __m512 select(uint64_t kept, __m512 value, __m512 fill) {

@@ -84,7 +84,4 @@ void for_each_tile(Key key, double p, uint64_t first, int64_t numel, const Body&
   }
 }
 
-// A fresh output that a cache cannot hold: writing past the caches spares reading its lines first.
-constexpr int64_t kStreamBytes = int64_t{1} << 25;
-
 }  // namespace modeprobe::cpu

@@ -28,7 +28,7 @@ void bias_add(const void* x_, const void* bias_, const void* residual_, void* y_
       [&](int64_t j, uint64_t kept) {
         auto value = load(x + j);
         if (bias) value = value + load(bias + j);
-        store<false>(y + j, select(kept, value * scales, zero) + load(residual + j));
+        store(y + j, select(kept, value * scales, zero) + load(residual + j));
       },
       [&](int64_t j, bool kept) {
         const Acc value = bias ? Acc(x[j]) + bias[j] : Acc(x[j]);
@@ -48,8 +48,8 @@ void bias_sum(const void* dy_, void* dx_, void* sums_, int64_t n, const uint64_t
       n, bits,
       [&](int64_t j, uint64_t kept) {
         const auto value = select(kept, load(dy + j) * scales, zero);
-        store<false>(dx + j, value);
-        store<false>(sums + j, load(sums + j) + value);
+        store(dx + j, value);
+        store(sums + j, load(sums + j) + value);
       },
       [&](int64_t j, bool kept) {
         const Acc value = kept ? Acc(dy[j]) * scale : Acc(0);
@@ -67,7 +67,7 @@ Acc row_max(const Acc* row, int64_t n) {
     auto many = broadcast(highest);
     for (; j + width <= n; j += width) many = maximum(many, load(row + j));
     Acc lane[width];
-    store<false>(lane, many);
+    store(lane, many);
     for (int k = 0; k < width; ++k) highest = lane[k] > highest ? lane[k] : highest;
   }
   for (; j < n; ++j) highest = row[j] > highest ? row[j] : highest;
@@ -82,7 +82,7 @@ double softmax_row(const void* scores_, const RowMask& mask, int64_t n, void* bu
   const T* scores = static_cast<const T*>(scores_);
   Acc* row = static_cast<Acc*>(buffer);
   int64_t j = 0;
-  for (; j + width <= n; j += width) store<false>(row + j, load(scores + j));
+  for (; j + width <= n; j += width) store(row + j, load(scores + j));
   for (; j < n; ++j) row[j] = Acc(scores[j]);
   if (mask.kind == RowMask::kBool) {
     const auto* part = static_cast<const uint8_t*>(mask.data);
@@ -95,7 +95,7 @@ double softmax_row(const void* scores_, const RowMask& mask, int64_t n, void* bu
     const T* added = static_cast<const T*>(mask.data);
     j = 0;
     if (mask.stride == 1) {
-      for (; j + width <= n; j += width) store<false>(row + j, load(row + j) + load(added + j));
+      for (; j + width <= n; j += width) store(row + j, load(row + j) + load(added + j));
     }
     for (; j < n; ++j) row[j] += Acc(added[j * mask.stride]);
   }
@@ -115,11 +115,11 @@ double softmax_row(const void* scores_, const RowMask& mask, int64_t n, void* bu
     auto sums = broadcast(Acc(0));
     for (; j + width <= n; j += width) {
       const auto value = exponential(load(row + j) - shift);
-      store<false>(row + j, value);
+      store(row + j, value);
       sums = sums + value;
     }
     Acc lane[width];
-    store<false>(lane, sums);
+    store(lane, sums);
     for (int k = 0; k < width; ++k) sum += lane[k];
   }
   for (; j < n; ++j) sum += row[j] = exponential_of(row[j] - highest);
@@ -138,8 +138,8 @@ void softmax_drop(const void* buffer, double factor_, void* probabilities_, void
       n, bits,
       [&](int64_t j, uint64_t kept) {
         const auto value = load(row + j) * factors;
-        if (probabilities) store<false>(probabilities + j, value);
-        store<false>(out + j, select(kept, value * scales, zero));
+        if (probabilities) store(probabilities + j, value);
+        store(out + j, select(kept, value * scales, zero));
       },
       [&](int64_t j, bool kept) {
         const Acc value = row[j] * factor;
@@ -163,7 +163,7 @@ double softmax_dot(const void* dy_, const void* probabilities_, int64_t n, const
       n, bits,
       [&](int64_t j, uint64_t kept) {
         const auto value = select(kept, load(dy + j) * scales, zero);
-        store<false>(row + j, value);
+        store(row + j, value);
         dots = dots + value * load(probabilities + j);
       },
       [&](int64_t j, bool kept) {
@@ -171,7 +171,7 @@ double softmax_dot(const void* dy_, const void* probabilities_, int64_t n, const
         dot += double(row[j]) * double(probabilities[j]);
       });
   Acc lane[width];
-  store<false>(lane, dots);
+  store(lane, dots);
   for (int k = 0; k < width; ++k) dot += lane[k];
   return dot;
 }
@@ -187,7 +187,7 @@ void softmax_grad(const void* buffer, const void* probabilities_, double dot_, v
   const auto dots = broadcast(dot);
   int64_t j = 0;
   for (; j + width <= n; j += width) {
-    store<false>(dx + j, load(probabilities + j) * (load(row + j) - dots));
+    store(dx + j, load(probabilities + j) * (load(row + j) - dots));
   }
   for (; j < n; ++j) dx[j] = T(Acc(probabilities[j]) * (row[j] - dot));
 }

@@ -28,8 +28,8 @@ struct DropoutKernels {
   // Bit j of bits[w] = keep(8 * chunk + 64 * w + j). Wants 0 < 2^16 * hi + lo and hi < 2^16.
   void (*draw)(Key key, Threshold t, uint64_t chunk, int64_t words, uint64_t* bits);
 
-  // scale: y = keep ? scale * x : +0. affine: all three numbers. stream: y will not be read again soon.
-  using Apply = void (*)(const void* x, void* y, int64_t n, const uint64_t* bits, Affine affine, bool stream);
+  // scale: y = keep ? scale * x : +0. affine: all three numbers.
+  using Apply = void (*)(const void* x, void* y, int64_t n, const uint64_t* bits, Affine affine);
   Apply scale[kDtypes];
   Apply affine[kDtypes];
 

@@ -14,7 +14,7 @@ struct Traits<double> {
   using Acc = double;
 };
 
-template <class T, bool kShift, bool kStream>
+template <class T, bool kShift>
 void apply_words(const T* x, T* y, int64_t words, const uint64_t* bits, Affine affine) {
   using Acc = typename Traits<T>::Acc;
   constexpr int width = lanes(Acc{});
@@ -25,22 +25,18 @@ void apply_words(const T* x, T* y, int64_t words, const uint64_t* bits, Affine a
     for (int j = 0; j < 64; j += width) {
       auto value = load(x + 64 * w + j) * scale;
       if constexpr (kShift) value = value + shift;
-      store<kStream>(y + 64 * w + j, select(kept >> j, value, fill));
+      store(y + 64 * w + j, select(kept >> j, value, fill));
     }
   }
 }
 
 template <class T, bool kShift>
-void apply(const void* from, void* to, int64_t n, const uint64_t* bits, Affine affine, bool stream) {
+void apply(const void* from, void* to, int64_t n, const uint64_t* bits, Affine affine) {
   using Acc = typename Traits<T>::Acc;
   const T* x = static_cast<const T*>(from);
   T* y = static_cast<T*>(to);
   const int64_t words = n / 64;
-  if (stream && reinterpret_cast<uintptr_t>(y) % 64 == 0) {
-    apply_words<T, kShift, true>(x, y, words, bits, affine);
-  } else {
-    apply_words<T, kShift, false>(x, y, words, bits, affine);
-  }
+  apply_words<T, kShift>(x, y, words, bits, affine);
   const Acc scale = Acc(affine.scale), shift = Acc(affine.shift), fill = Acc(affine.fill);
   for (int64_t j = 64 * words; j < n; ++j) {
     const bool kept = bits[j >> 6] >> (j & 63) & 1;
@@ -51,13 +47,13 @@ void apply(const void* from, void* to, int64_t n, const uint64_t* bits, Affine a
 }
 
 template <class T>
-void apply_scale(const void* x, void* y, int64_t n, const uint64_t* bits, Affine affine, bool stream) {
-  apply<T, false>(x, y, n, bits, affine, stream);
+void apply_scale(const void* x, void* y, int64_t n, const uint64_t* bits, Affine affine) {
+  apply<T, false>(x, y, n, bits, affine);
 }
 
 template <class T>
-void apply_affine(const void* x, void* y, int64_t n, const uint64_t* bits, Affine affine, bool stream) {
-  apply<T, true>(x, y, n, bits, affine, stream);
+void apply_affine(const void* x, void* y, int64_t n, const uint64_t* bits, Affine affine) {
+  apply<T, true>(x, y, n, bits, affine);
 }
 
 void expand(const uint64_t* bits, int64_t n, uint8_t* out) {

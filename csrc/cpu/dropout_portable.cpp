@@ -19,7 +19,7 @@ template <class T>
 inline float load(const T* p) {
   return static_cast<float>(*p);
 }
-template <bool kStream, class T, class Acc>
+template <class T, class Acc>
 inline void store(T* p, Acc value) {
   *p = static_cast<T>(value);
 }

@@ -69,10 +69,9 @@ struct Job {
   const char* x;
   char* y;
   int64_t size;  // of an element
-  bool stream;
 
   void operator()(int64_t begin, int64_t n, const uint64_t* bits) const {
-    apply(x + begin * size, y + begin * size, n, bits, affine, stream);
+    apply(x + begin * size, y + begin * size, n, bits, affine);
   }
 };
 
@@ -129,12 +128,8 @@ void run_structured(const Job& job, Key key, double p, uint64_t first, const Wal
 Job job_for(const Tensor& x, const Tensor& y, bool shifted, Affine affine) {
   const auto& kernels = dropout_kernels();
   const int64_t size = int64_t(x.element_size());
-  return {(shifted ? kernels.affine : kernels.scale)[dtype_of(x)],
-          affine,
-          static_cast<const char*>(x.const_data_ptr()),
-          static_cast<char*>(y.mutable_data_ptr()),
-          size,
-          x.numel() * size >= kStreamBytes};
+  return {(shifted ? kernels.affine : kernels.scale)[dtype_of(x)], affine,
+          static_cast<const char*>(x.const_data_ptr()), static_cast<char*>(y.mutable_data_ptr()), size};
 }
 
 Tensor structured_dropout(const Tensor& input, const Tensor& key, double p, std::vector<int64_t> shared_dims,
