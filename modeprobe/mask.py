@@ -25,6 +25,7 @@ _ROUNDS = 10
 _CHUNKS = (1 << 61) - 1  # chunk = i >> 3 of a uint64 index
 _TIE, _FOLD = 1 << 31, 1 << 30  # bits of the last counter word that no chunk reaches
 _NONNEGATIVE = (1 << 63) - 1
+_SHAPE = (2,)
 
 
 def _signed(value: int) -> int:
@@ -57,7 +58,7 @@ def new_key(device: torch.device | str = "cpu") -> Tensor:
     One ``torch.randint``: ``torch.manual_seed``, ``torch.random.fork_rng``, activation checkpointing, CUDA
     graphs and ``torch.compile`` treat it like every other random operation of torch.
     """
-    return torch.randint(_NONNEGATIVE, (2,), dtype=torch.int64, device=device)
+    return torch.randint(_NONNEGATIVE, _SHAPE, device=device)  # of int64 by default
 
 
 def fold_in(key: Tensor, n: int | Tensor) -> Tensor:

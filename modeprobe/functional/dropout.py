@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Sequence
 
 from torch import Tensor
+from torch.compiler import is_compiling
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from modeprobe import mask
@@ -88,6 +89,11 @@ def dropout(
         return input.mul_(rest) if inplace else input * rest
     if input.dtype not in ops.DTYPES:
         check_data(input, "dropout")
+    plain = key is None and mask_shape is None and p_tensor is None and scaled and not (inplace or offset)
+    if plain and not is_compiling():
+        y = ops.fresh_dropout(input, p)
+        if y is not None:
+            return y
     if offset != 0:
         offset = signed_offset(offset, "dropout")
     operator, arguments = "dropout", (offset, scaled)

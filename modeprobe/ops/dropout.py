@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function, forward_ad
 
-from modeprobe import _extension
+from modeprobe import _extension, mask
 from modeprobe.ops import backend, dropout_reference
 from modeprobe.ops.dropout_fake import FAKES
 from modeprobe.ops.dropout_reference import is_dense
@@ -170,6 +170,53 @@ def masked(
     elif x.requires_grad and torch.is_grad_enabled():
         return _masked(x, key, p_tensor, p, rest, operator, name)
     return getattr(operators(name), operator)(x, key, p, *rest, p_tensor)
+
+
+_native_devices = frozenset(device for device in ("cpu", "cuda") if _extension.built_for(device))
+_native_dropout: Any = torch.ops.modeprobe.dropout.default._op if _native_devices else None
+_grad_enabled = torch.is_grad_enabled
+
+
+class _FreshDropout(Function):
+    """:class:`Masked` for the commonest call of all, on a contiguous tensor, in the fewest steps."""
+
+    @staticmethod
+    def forward(ctx, x, p):
+        key = mask.new_key(x.device)
+        ctx.save_for_backward(key)
+        ctx.p = p
+        return _native_dropout(x, key, p)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (key,) = ctx.saved_tensors
+        if not grad.is_contiguous():
+            grad = grad.contiguous()
+        if _grad_enabled():
+            return masked(grad, key, None, ctx.p, (0, True), "dropout", "native"), None
+        return _native_dropout(grad, key, ctx.p), None
+
+
+_fresh_dropout = _eager(_FreshDropout)
+_transforms_active = torch._C._are_functorch_transforms_active
+
+
+def fresh_dropout(x: Tensor, p: float) -> Tensor | None:
+    """Inverted dropout under a fresh key by the compiled kernel; None where something else has a say.
+
+    What :func:`masked` would do, in half of its time for a tensor of 16 elements.
+    """
+    device = x.device
+    if (
+        device.type not in _native_devices
+        or backend._selected != "auto"
+        or forward_ad._current_level >= 0
+        or _transforms_active()
+    ):
+        return None
+    if x.requires_grad and _grad_enabled():
+        return _fresh_dropout(x, p) if x.is_contiguous() else None
+    return _native_dropout(x, mask.new_key(device), p)
 
 
 class DropoutInplace(Function):
