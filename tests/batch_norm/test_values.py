@@ -213,7 +213,7 @@ def test_outputs_larger_than_caches(layout):
     residual, grad = torch.empty_like(x).normal_(), torch.empty_like(x).normal_()
     results = []
     for function in (
-        lambda x, r: F.relu(F.batch_norm(x, None, None, training=True) + r),
+        lambda x, r: F.relu(F.batch_norm(x.double(), None, None, training=True).float() + r),
         lambda x, r: MF.batch_norm(x, None, None, training=True, activation="relu", residual=r),
     ):
         leaves = [x.detach().requires_grad_(), residual.detach().requires_grad_()]
