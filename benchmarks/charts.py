@@ -117,6 +117,11 @@ STYLE: dict[Any, Any] = {
 TINY = 4096  # elements; below, the time of a call says nothing about bandwidth
 
 
+def legend(axes: Any) -> None:
+    """Above the axes, where it hides no data."""
+    axes.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=6)
+
+
 def color(provider: str) -> str:
     return COLORS.get(provider, OTHERS)
 
@@ -159,7 +164,7 @@ def in_words(target: dict[str, Any]) -> str:
 
 
 def summary(results: Results, device: str) -> Any:
-    from matplotlib.ticker import FuncFormatter
+    from matplotlib.ticker import FuncFormatter, NullFormatter
 
     rows = summary_rows(results, device)
     providers = shown([group for _, group in rows])
@@ -185,12 +190,13 @@ def summary(results: Results, device: str) -> Any:
     axes.axvline(1.0, color=INK, lw=1, ls="--")
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}x"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_yticks(range(len(rows)), [words for words, _ in rows])
     axes.invert_yaxis()
     axes.grid(axis="y", color="#f3f4f6")
     axes.set_xlabel("time over that of a copy of the same bytes")
     axes.margins(y=0.02)
-    axes.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=5)
+    legend(axes)
     return drawing
 
 
@@ -263,7 +269,7 @@ def bars(
         )
     axes.set_xticks(range(len(names)), names)
     axes.grid(axis="x", visible=False)
-    axes.legend(loc="upper right")
+    legend(axes)
 
 
 def layers(results: Results, group: str) -> Any:
@@ -326,7 +332,7 @@ def memory(results: Results) -> Any:
     axes.set_xticks(range(len(labels)), labels, fontsize=8)
     axes.grid(axis="x", visible=False)
     axes.set_ylabel("bytes saved, in sizes of the input")
-    axes.legend(loc="upper left")
+    legend(axes)
     return drawing
 
 
@@ -347,7 +353,6 @@ def models(results: Results) -> Any:
     bars(axes, names, groups, relative)
     axes.axhline(1.0, color=INK, lw=1, ls="--")
     axes.set_ylabel("time of a step, torch = 1 (lower is faster)")
-    axes.legend(loc="lower right")
     return drawing
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import json
 from collections.abc import Mapping
@@ -10,6 +11,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from .registry import Work
 from .results import Results
 
 COPY = "copy bandwidth"
@@ -43,14 +45,23 @@ class Verdict:
         return asdict(self)
 
 
-def targets(path: Path | None = None) -> list[dict[str, Any]]:
-    file = path or Path(__file__).with_name("targets.json")
-    return json.loads(file.read_text())["rows"]
+@functools.cache
+def targets() -> list[dict[str, Any]]:
+    """The rows of ``targets.json``."""
+    return json.loads(Path(__file__).with_name("targets.json").read_text())["rows"]
 
 
-def target_works(device: str) -> set[str]:
-    """Names, or patterns of names, of the works that targets for ``device`` speak of."""
-    return {row["work"] for row in targets() if row["device"] == device and "work" in row}
+def priority(work: Work, device: str) -> int:
+    """0 when a target for ``device`` names the work, 1 when a target speaks of its group, otherwise 2."""
+    best = 2
+    for target in targets():
+        if target["device"] != device:
+            continue
+        if "work" in target and (work.name == target["work"] or fnmatchcase(work.name, target["work"])):
+            return 0
+        if "group" in target and any(fnmatchcase(name, target["group"]) for name in work.groups):
+            best = 1
+    return best
 
 
 def check(
@@ -104,24 +115,19 @@ def judge(
     return verdict(worst, "met" if met else "missed", name if len(rows) > 1 else "")
 
 
+@functools.cache
 def sass_instructions() -> dict[str, float]:
     """Instructions per element by kernel and architecture, from the built library.
 
     Empty where it has no CUDA kernels. Reading takes seconds, once per process.
     """
-    global _sass
-    if _sass is None:
-        try:
-            kernels = importlib.import_module(".kernels", __package__)
-            path = None if kernels.resources.why_no_tool() else kernels.library()
-            found = kernels.cuda_kernels(path) if path else []
-        except (ImportError, OSError, RuntimeError):
-            found = []
-        _sass = {f"{one.kernel} {one.arch}": one.per_element for one in found if one.per_element is not None}
-    return _sass
-
-
-_sass: dict[str, float] | None = None
+    try:
+        kernels = importlib.import_module(".kernels", __package__)
+        path = None if kernels.resources.why_no_tool() else kernels.library()
+        found = kernels.cuda_kernels(path) if path else []
+    except (ImportError, OSError, RuntimeError):
+        return {}
+    return {f"{one.kernel} {one.arch}": one.per_element for one in found if one.per_element is not None}
 
 
 def matching(target: dict[str, Any], results: Results) -> list[dict[str, Any]]:

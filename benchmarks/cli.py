@@ -117,18 +117,14 @@ def results_path(output: Path | None, machine: str | None, device: str, quick: b
 
 
 def selected(device: str, pattern: str | None, quick: bool) -> list[Work]:
-    from fnmatch import fnmatchcase
-
-    from .check import target_works
+    from .check import priority
     from .registry import all_works, select
 
     works = select(all_works(device), pattern)
     if not quick or pattern is not None:
-        return works
-    wanted = target_works(device)
-    return [
-        work for work in works if any(work.name == name or fnmatchcase(work.name, name) for name in wanted)
-    ]
+        # What targets speak of comes first: a run that ends early has their verdicts.
+        return sorted(works, key=lambda work: priority(work, device))
+    return [work for work in works if priority(work, device) == 0]
 
 
 def measure_all(
@@ -153,7 +149,7 @@ def measure_all(
             device,
             found,
             path,
-            limits=runner.QUICK if quick else runner.FULL,
+            limits=runner.QUICK if quick else runner.GPU if device == "cuda" else runner.FULL,
             budget=budget,
             without=("torch.compile",) if quick else (),
             report=progress.done,

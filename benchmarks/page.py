@@ -91,6 +91,7 @@ def blocks(results: Results) -> dict[str, str]:
     """Markdown by block name, for the marked places of the documents."""
     made = {
         "machine": describe(results) + ".\n",
+        "floors": tables.floor_table(results).markdown(),
         "headline": headline(results).markdown(),
         "targets": tables.target_table(results["targets"]).markdown(),
         "losses": tables.losses(results).markdown(),

@@ -137,7 +137,7 @@ def distinct(works: Iterable[Work]) -> list[Work]:
 
 
 def all_works(device: str) -> Iterator[Work]:
-    """Every work for ``device`` ("cpu" or "cuda"): the rows of the targets first, then whole models."""
+    """Every work for ``device``, "cpu" or "cuda"."""
     from . import works_batch_norm, works_dropout, works_models
 
     # In turns, so that a run that ends early has figures of both families.

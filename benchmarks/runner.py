@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from . import results, rivals
-from .check import check
+from .check import check, priority
 from .compiled import first_line
 from .measure import MODEPROBE, Row, measure, row
 from .registry import Work
 from .timing import Clock, Limits
 
 FULL = Limits(seconds=3.0, least_rounds=7, most_rounds=60)
+GPU = Limits(seconds=1.0, least_rounds=10, most_rounds=60)
 QUICK = Limits(seconds=0.8, least_rounds=3, most_rounds=20, sample_seconds=1e-3)
 # A torch.compile peer costs about this much before it can be timed; with less time per work it is left out.
 COMPILE_SECONDS = 3.0
@@ -41,7 +42,8 @@ def run(
 
     Args:
         limits: of one work; its seconds shrink when the budget asks for it.
-        budget: seconds for the whole run. What does not fit is left out, last works first.
+        budget: seconds for the whole run, shared by the works of the same priority that are left. What
+            does not fit is left out.
         without: providers to leave out.
         report: called after each work.
         clock: for tests; by default the one that fits the device.
@@ -65,6 +67,7 @@ def run(
         "left_out": [],
     }
     found["runs"][name] = entry
+    priorities = [priority(work, device) for work in works]
     start = now()
     for index, work in enumerate(works):
         own, left = limits, list(without)
@@ -74,7 +77,7 @@ def run(
                 entry["left_out"] = [late.name for late in works[index:]]
                 results.save(found, path)
                 return list(works[index:])
-            share = remaining / (len(works) - index)
+            share = remaining / priorities[index:].count(priorities[index])
             rounds = limits.least_rounds if share > 2 * limits.seconds else min(3, limits.least_rounds)
             own = replace(limits, seconds=min(limits.seconds, TIMING_SHARE * share), least_rounds=rounds)
             if share < COMPILE_SECONDS:

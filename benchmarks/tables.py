@@ -231,6 +231,23 @@ def losses(results: Results) -> Table:
     return table
 
 
+def floor_table(results: Results) -> Table:
+    """Bandwidth of the plain passes over flat float32 tensors, a read and a write each."""
+    names = ("x * 2", "x.clone()", "y.copy_(x)")
+    table = Table("Plain passes", ["float32 elements", *names])
+    rows = [row for row in members(results, "dropout sizes") if row["dtype"] == "float32" and row["floor"]]
+    for group in sorted(by_work(rows).values(), key=lambda item: next(iter(item.values()))["elements"]):
+        elements = next(iter(group.values()))["elements"]
+        cells = [
+            f"{8 * elements / group[name]['seconds'][1] / 1e9:.3g} GB/s"
+            if name in group and group[name]["seconds"]
+            else ""
+            for name in names
+        ]
+        table.rows.append([f"2^{elements.bit_length() - 1}", *cells])
+    return table
+
+
 def compare_table(changes: Iterable[Change], a: str, b: str) -> Table:
     table = Table(f"{a} (A) and {b} (B)", ["work", "provider", "A", "B", "A / B", "beyond noise"])
     for change in changes:

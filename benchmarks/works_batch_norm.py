@@ -218,7 +218,7 @@ def target_works(device: str) -> Iterator[Work]:
 
 def layer_works(device: str) -> Iterator[Work]:
     """Every distinct BatchNorm of ResNet-50, forward and backward, in both layouts."""
-    batches = (32, 256) if device == "cuda" else (8,)
+    batches = (256, 32) if device == "cuda" else (8,)
     dtypes = ("bfloat16", "float32") if device == "cuda" else ("float32",)
     for dtype in dtypes:
         for batch in batches:

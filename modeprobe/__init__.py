@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from modeprobe.nn import discard_statistics as discard_statistics
     from modeprobe.nn import set_statistics as set_statistics
     from modeprobe.probe.api import probe as probe
+    from modeprobe.probe.contexts import evaluating as evaluating
+    from modeprobe.probe.contexts import mc_dropout as mc_dropout
+    from modeprobe.probe.contexts import no_dropout as no_dropout
     from modeprobe.statistics import batch_statistics as batch_statistics
     from modeprobe.statistics import frozen_statistics as frozen_statistics
     from modeprobe.statistics.drift import drift as drift
@@ -34,6 +37,9 @@ _LAZY: dict[str, str] = {
     "drift": "modeprobe.statistics",
     "frozen_statistics": "modeprobe.statistics",
     "info": "modeprobe.info",
+    "evaluating": "modeprobe.probe.contexts",
+    "mc_dropout": "modeprobe.probe.contexts",
+    "no_dropout": "modeprobe.probe.contexts",
     "probe": "modeprobe.probe",
     "recalibrate": "modeprobe.statistics",
     "restore": "modeprobe.swap",

@@ -11,6 +11,7 @@ import typer
 
 import modeprobe
 from modeprobe.benchmarks.cli import bench
+from modeprobe.probe.cli import probe
 
 app = typer.Typer(
     name="modeprobe",
@@ -39,6 +40,7 @@ def _root(
 
 
 app.command()(bench)
+app.command()(probe)
 
 
 class Section(str, Enum):

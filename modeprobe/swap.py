@@ -28,7 +28,8 @@ SWAPPED = (
     "SyncBatchNorm",
 )
 
-# In the instance, not in a registry: copies and pickles of a swapped model can be restored, too.
+# In the instance, not in a registry: copies and pickles of a swapped model can be restored, too. Its value is
+# the dtype of the weight at the swap, None without one.
 _MARK = "_modeprobe_swapped"
 # In each module of a fused run, the run: its modules are restored together.
 _RUN = "_modeprobe_fused"
@@ -179,7 +180,10 @@ def swap(model: nn.Module, *, fuse: bool = False, backend: str | None = None) ->
         single = {module: paths[0] for module, paths in paths_of if len(paths) == 1}
         for run in _fusible(model, plan, single):
             norm, activation, *dropout = run
-            now = {"activation": activation_name(activation), "folded_dropout": tuple(dropout), _RUN: run}
+            now: dict[str, Any] = {"activation": activation_name(activation), _RUN: run}
+            now["folded_dropout"] = tuple(dropout)
+            if isinstance(activation, nn.LeakyReLU):
+                now["negative_slope"] = activation.negative_slope
             plan[norm] = plan[norm][0], {**settings, **now}
             plan.update({module: (FOLDED[type(module)], {_RUN: run}) for module in run[1:]})
             fused.append(tuple(single[module] for module in run))
@@ -187,7 +191,7 @@ def swap(model: nn.Module, *, fuse: bool = False, backend: str | None = None) ->
     try:
         for module, (cls, attributes) in plan.items():
             done.append(module)
-            module.__dict__[_MARK] = True
+            module.__dict__[_MARK] = _weight_dtype(module)
             module.__class__ = cls
             module.__dict__.update(attributes)
     except BaseException:
@@ -201,7 +205,8 @@ def restore(model: nn.Module) -> int:
     """Put back every torch layer that :func:`swap` replaced in ``model``, in place.
 
     The model is then what it was before: the same module, parameter, buffer and hook objects, and
-    torch's own kernels. Works on copies and on unpickled models, too. Modules that were built from
+    torch's own kernels. If it was converted to float16 or bfloat16 since, running statistics become so, too,
+    as torch's layers need it. Works on copies and on unpickled models, too. Modules that were built from
     ``modeprobe.nn`` directly are not touched.
 
     Returns:
@@ -219,7 +224,7 @@ def restore(model: nn.Module) -> int:
 def _restore(named: Iterable[tuple[str, nn.Module]]) -> int:
     originals = {cls: original for original, cls in [*_classes().items(), *FOLDED.items()]}
     plan = []
-    marked = {id(module): (name, module) for name, module in named if module.__dict__.get(_MARK, False)}
+    marked = {id(module): (name, module) for name, module in named if _MARK in module.__dict__}
     for name, module in list(marked.values()):
         for other in module.__dict__.get(_RUN, ()):
             marked.setdefault(id(other), (f"{name} (fused with it)", other))
@@ -238,9 +243,24 @@ def _restore(named: Iterable[tuple[str, nn.Module]]) -> int:
         # Settings that only modeprobe's class knows, `backend` and the like, go with it.
         for key in [key for key in module.__dict__ if hasattr(cls, key) and not hasattr(original, key)]:
             del module.__dict__[key]
-        del module.__dict__[_MARK]
+        if module.__dict__.pop(_MARK) != _weight_dtype(module):
+            _narrow_buffers(module)
         module.__dict__.pop(_RUN, None)
     return len(plan)
+
+
+def _weight_dtype(module: nn.Module) -> torch.dtype | None:
+    weight = module._parameters.get("weight")
+    return None if weight is None else weight.dtype
+
+
+def _narrow_buffers(module: nn.Module) -> None:
+    """What torch's ``.half()`` does to running statistics and ours does not: its kernels need it so."""
+    dtype = _weight_dtype(module)
+    for name in ("running_mean", "running_var"):
+        buffer = module._buffers.get(name)
+        if buffer is not None and dtype in (torch.float16, torch.bfloat16):
+            module._buffers[name] = buffer.to(dtype)
 
 
 def _require_module(function: str, model: object) -> None:

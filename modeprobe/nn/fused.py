@@ -50,7 +50,7 @@ def activation_name(module: nn.Module) -> str | None:
     kind = type(module)
     if kind is nn.ReLU:
         return "relu"
-    if kind is nn.LeakyReLU and module.negative_slope == 0.01:
+    if kind is nn.LeakyReLU:
         return "leaky_relu"
     if kind is nn.SiLU:
         return "silu"

@@ -12,6 +12,8 @@ import torch
 
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 _HERE = os.path.dirname(__file__) + os.sep
+# Lines of torch that only pass a call on.
+_PLUMBING = ("overrides.py", "functional.py", "_python_dispatch.py", "eval_frame.py", "_ops.py", "module.py")
 
 
 class Place(NamedTuple):
@@ -100,7 +102,7 @@ def caller_place() -> Place:
                 break
         elif not name.startswith((_TORCH, "<frozen")):
             return Place(name, frame.f_lineno)
-        elif inner is None:
+        elif inner is None and not name.endswith(_PLUMBING):
             inner = Place(name, frame.f_lineno)
         frame = frame.f_back
     return inner or Place("", 0)

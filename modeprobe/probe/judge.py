@@ -103,9 +103,8 @@ def _site(item: Located) -> Site:
     path = next((key.path for key in finding.events), finding.path)
     file, line = place if place else ("", 0)
     reach = item.change.amount if item.change is not None else 0.0
-    return Site(
-        path, what, finding.cause, p, file, line, ("train",), finding.amount, reach, max(len(events), 1)
-    )
+    calls, owners = max(len(events), 1), tuple(sorted(finding.owners))
+    return Site(path, what, finding.cause, p, file, line, ("train",), finding.amount, reach, calls, owners)
 
 
 def _ungated(key: Key, events: list[Event]) -> Site:

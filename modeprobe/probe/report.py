@@ -34,7 +34,8 @@ class Site:
     path: module path; what: the call, or what changes; cause: a word of CAUSES ("" for a site that does not
     depend on the mode); p: drop probability; file, line: source; modes: in which modes it acts;
     amount: change of the module's own output, reach: change of the model's output, both as the largest
-    difference divided by the largest magnitude (None: not measured); calls: how often it acts in one forward.
+    difference divided by the largest magnitude (None: not measured); calls: how often it acts in one forward;
+    owners: paths of the modules whose flag gates it.
     """
 
     path: str
@@ -47,6 +48,7 @@ class Site:
     amount: float | None = None
     reach: float | None = None
     calls: int = 1
+    owners: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

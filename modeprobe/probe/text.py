@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import sys
 from collections.abc import Iterable
 from typing import Any
@@ -38,7 +39,9 @@ def place(file: str, line: int) -> str:
 def percent(value: float | None) -> str:
     if value is None:
         return ""
-    return f"{100 * value:.2g} %" if value < 1e3 else "large"
+    if value >= 1e3:
+        return "large"
+    return f"{100 * value:.0f} %" if value >= 0.1 else f"{100 * value:.2g} %"
 
 
 def facts(report: Report) -> list[str]:
@@ -95,10 +98,26 @@ def _some(items: Iterable[str], limit: int = 3) -> str:
     return ", ".join(listed[:limit]) + more
 
 
-def columns(site: Site) -> tuple[str, ...]:
+def rows(report: Report) -> list[tuple[str, tuple[str, ...]]]:
+    """(role, cells) of the table of sites; the same site in repeated layers is one row."""
+    groups: dict[tuple, list[Site]] = {}
+    for site in report.sites + report.ungated:
+        pattern = re.sub(r"(?<![^.])\d+(?![^.])", "*", site.path)
+        groups.setdefault((pattern, site.what, site.p, site.cause, site.file, site.line), []).append(site)
+    return [(group[0].cause or "ungated", _cells(group)) for group in groups.values()]
+
+
+def _cells(group: list[Site]) -> tuple[str, ...]:
+    site = group[0]
+    names = zip(*(s.path.split(".") for s in group), strict=True)
+    path = ".".join(same[0] if len(set(same)) == 1 else "*" for same in names) or "(root)"
+    if len(group) > 1:
+        path += f" ({len(group)} times)"
     p = "" if site.p is None else f"{site.p:g}"
-    cause = site.cause or "ungated: on in eval mode too"
-    return (site.path or "(root)", site.what, p, cause, place(site.file, site.line), percent(site.reach))
+    cause = site.cause or "on in eval mode too"
+    where = f"{os.path.basename(site.file)}:{site.line}" if site.file else ""
+    effect = max((s.reach for s in group if s.reach is not None), default=None)
+    return (path, site.what, p, cause, where, percent(effect))
 
 
 HEADINGS = ("module", "what", "p", "cause", "where", "effect on output")
@@ -106,40 +125,46 @@ HEADINGS = ("module", "what", "p", "cause", "where", "effect on output")
 
 def to_rich(report: Report) -> Any:
     from rich.console import Group
-    from rich.table import Table
     from rich.text import Text
 
     tone = {0: "bold green", 1: "bold yellow", 2: "bold red", 3: "bold red"}[report.exit_code]
-    rows: list[Any] = [Text(report.verdict, style=tone)]
-    sites = report.sites + report.ungated
-    if sites:
+    return Group(Text(report.verdict, style=tone), *_details(report))
+
+
+def _details(report: Report) -> list[Any]:
+    from rich.table import Table
+    from rich.text import Text
+
+    blocks: list[Any] = []
+    found = rows(report)
+    if found:
         table = Table(box=None, pad_edge=False, header_style="dim")
         for heading in HEADINGS:
             table.add_column(heading, justify="right" if heading in ("p", "effect on output") else "left",
                              overflow="fold")  # fmt: skip
-        for site in sites[:_LIMIT]:
-            cells = columns(site)
-            style = COLOURS.get(site.cause, "red")
+        for role, cells in found[:_LIMIT]:
+            style = COLOURS.get(role, "red")
             table.add_row(*(Text(cell, style=style if i == 3 else "") for i, cell in enumerate(cells)))
-        rows += [Text(""), table]
-        if len(sites) > _LIMIT:
-            rows.append(Text(f"... and {len(sites) - _LIMIT} more (to_json() has all)", style="dim"))
+        blocks += [Text(""), table]
+        if len(found) > _LIMIT:
+            blocks.append(Text(f"... and {len(found) - _LIMIT} more (to_json() has all)", style="dim"))
     lines = facts(report)
     if lines:
-        rows.append(Text(""))
-        rows += [Text(f"- {line}", style="dim") for line in lines]
+        blocks.append(Text(""))
+        blocks += [Text(f"- {line}", style="dim") for line in lines]
     chance = f"train {'random' if report.train_is_random else 'deterministic'}, eval "
     chance += "random" if report.eval_is_random else "deterministic"
-    rows.append(Text(f"\n{report.model}: {chance}; {report.forwards} forward passes", style="dim"))
-    return Group(*rows)
+    blocks.append(Text(f"\n{report.model}: {chance}; {report.forwards} forward passes", style="dim"))
+    return blocks
 
 
 def to_text(report: Report, width: int = 118) -> str:
     from rich.console import Console
 
     buffer = io.StringIO()
-    Console(file=buffer, width=width, color_system=None, force_terminal=False).print(to_rich(report))
-    return "\n".join(line.rstrip() for line in buffer.getvalue().rstrip().splitlines())
+    console = Console(file=buffer, width=width, color_system=None, force_terminal=False)
+    console.print(*_details(report), sep="\n")
+    return "\n".join([report.verdict, *(line.rstrip() for line in buffer.getvalue().rstrip().splitlines())])
 
 
 def to_markdown(report: Report) -> str:
@@ -147,10 +172,10 @@ def to_markdown(report: Report) -> str:
         return text.replace("|", "\\|").replace("<", "&lt;")
 
     lines = [f"**{cell(report.verdict)}**", ""]
-    sites = report.sites + report.ungated
-    if sites:
+    found = rows(report)
+    if found:
         lines += [f"| {' | '.join(HEADINGS)} |", "|---|---|--:|---|---|--:|"]
-        lines += [f"| {' | '.join(cell(c) for c in columns(site))} |" for site in sites]
+        lines += [f"| {' | '.join(cell(c) for c in cells)} |" for _, cells in found]
         lines.append("")
     lines += [f"- {cell(line)}" for line in facts(report)]
     return "\n".join(lines).rstrip() + "\n"

@@ -25,14 +25,12 @@ from modeprobe.probe.events import (
     Place,
     Read,
     Trace,
-    argument,
     caller_place,
     classify,
-    is_recurrent,
-    recurrent_dropout_index,
 )
 from modeprobe.probe.instrument import flag_of, listening
 from modeprobe.probe.randomness import RandomState, seed_everything, stream_position
+from modeprobe.probe.silence import silenced
 
 
 @dataclass
@@ -198,7 +196,7 @@ class Tracer:
             event = Event(self._key(kind, name), self._type(), active, p, _shape(args))
             self.trace.events.append(event)
             if active and event.key in self.control.silent:
-                args, kwargs, event.silenced = _silenced(func, name, kind, args, kwargs)
+                args, kwargs, event.silenced = silenced(func, name, kind, args, kwargs)
             with self._seeded(event.key):
                 return func(*args, **kwargs)
         if name in DRAWS or name in self.control.draws:
@@ -342,36 +340,6 @@ class _Operators(TorchDispatchMode):
         event = Event(tracer._key(kind, name), tracer._type(), True, p, _shape(values), hidden=True)
         tracer.trace.events.append(event)
         return event
-
-
-def _silenced(func: Any, name: str, kind: str, args: tuple, kwargs: dict) -> tuple[tuple, dict, bool]:
-    """Arguments of the same call as in eval mode, and whether there are such."""
-    args_list, kwargs = list(args), dict(kwargs)
-
-    def put(index: int, names: tuple[str, ...], value: Any) -> None:
-        for key in names:
-            if key in kwargs:
-                kwargs[key] = value
-                return
-        if len(args_list) > index:
-            args_list[index] = value
-        else:
-            kwargs[names[0]] = value
-
-    if is_recurrent(name):
-        args_list[recurrent_dropout_index(args) or 0] = 0.0
-    elif name == "scaled_dot_product_attention":
-        put(4, ("dropout_p",), 0.0)
-    elif name == "multi_head_attention_forward":
-        put(10, ("dropout_p",), 0.0)
-    elif kind == "dropout":
-        put(2, ("training", "train"), False)
-    elif kind == "statistics":
-        at = 1 if getattr(func, "__module__", "") == "torch.nn.functional" else 3
-        if not isinstance(argument(args, kwargs, at, ("running_mean",), None), Tensor):
-            return args, kwargs, False
-        put(5, ("training",) if name == "batch_norm" else ("use_input_stats",), False)
-    return tuple(args_list), kwargs, True
 
 
 def _shape(values: tuple) -> tuple[int, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from modeprobe.probe.report import Report
+from modeprobe.probe.report import Report, Site
 
 # What eval() turns off: one of it, several of it.
 _TURNED_OFF = {
@@ -39,7 +39,7 @@ def _nothing(report: Report) -> str:
 
 
 def _something(report: Report) -> str:
-    counts = {cause: sum(s.calls for s in report.sites if s.cause == cause) for cause in report.causes}
+    counts = {cause: sum(_weight(s) for s in report.sites if s.cause == cause) for cause in report.causes}
     off = [
         one if counts[cause] <= 1 else several.format(counts[cause])
         for cause, (one, several) in _TURNED_OFF.items()
@@ -60,6 +60,10 @@ def _something(report: Report) -> str:
     if report.eval_is_random:
         text += "; outputs stay random in eval mode"
     return text + "."
+
+
+def _weight(site: Site) -> int:
+    return 1 if site.cause in ("random_noise", "branch", "opaque") else site.calls
 
 
 def _generation(report: Report) -> str:

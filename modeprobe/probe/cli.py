@@ -1,0 +1,130 @@
+"""`modeprobe probe`: the probe from the command line."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+import sys
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from modeprobe.probe.report import Report
+
+_COULD_NOT_RUN = 3
+
+
+class Format(str, Enum):
+    """How the report is written."""
+
+    text = "text"
+    json = "json"
+    markdown = "markdown"
+    html = "html"
+
+
+def probe(
+    target: Annotated[
+        str | None,
+        typer.Argument(help="What makes the model: [bold]package.module:factory[/bold].", show_default=False),
+    ] = None,
+    make_input: Annotated[
+        str | None,
+        typer.Option(
+            "--input",
+            help="What makes its input: [bold]package.module:make_input[/bold]. "
+            "A dict is passed by keyword, a tuple by position.",
+            show_default=False,
+        ),
+    ] = None,
+    transformers: Annotated[
+        str | None,
+        typer.Option(
+            help="Probe a tiny, randomly initialised model of this type of the installed transformers; "
+            "nothing is downloaded.",
+            show_default=False,
+            metavar="MODEL_TYPE",
+        ),
+    ] = None,
+    form: Annotated[Format, typer.Option("--format", "-f", help="How to write the report.")] = Format.text,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output", "-o", help="Write the report to this file.", dir_okay=False, show_default=False
+        ),
+    ] = None,
+    gradients: Annotated[bool, typer.Option("--gradients", help="Compare gradients too.")] = False,
+) -> None:
+    """Measure what train() and eval() change in a model.
+
+    Exit code: 0 nothing differs, 1 outputs differ, 2 suspicious (random in eval mode, ungated, mixed modes,
+    state changed), 3 could not be run.
+    """
+    try:
+        # Whatever the model prints must not mix with the report.
+        with contextlib.redirect_stdout(sys.stderr):
+            model, args, kwargs = _load(target, make_input, transformers)
+            from modeprobe.probe.api import probe as run
+
+            report = run(model, *args, gradients=gradients, **kwargs)
+    except (typer.BadParameter, typer.Exit):
+        raise
+    except Exception as error:
+        typer.echo(f"modeprobe probe: {type(error).__name__}: {error}", err=True)
+        raise typer.Exit(_COULD_NOT_RUN) from None
+    _write(report, form, output)
+    raise typer.Exit(report.exit_code)
+
+
+def _load(target: str | None, make_input: str | None, model_type: str | None) -> tuple[Any, tuple, dict]:
+    if (target is None) == (model_type is None):
+        raise typer.BadParameter("give either package.module:factory or --transformers MODEL_TYPE")
+    if model_type is not None:
+        from modeprobe.probe import architectures
+
+        model, inputs = architectures.build(model_type)
+        return model, (), inputs
+    assert target is not None
+    sys.path.insert(0, os.getcwd())
+    model = _call(target, "factory")
+    if make_input is None:
+        return model, (), {}
+    made = _call(make_input, "--input")
+    if isinstance(made, dict):
+        return model, (), made
+    return model, made if isinstance(made, tuple) else (made,), {}
+
+
+def _call(name: str, what: str) -> Any:
+    module, colon, attribute = name.partition(":")
+    if not (module and colon and attribute):
+        raise typer.BadParameter(f"{what} must be given as package.module:name, got {name!r}")
+    found: Any = importlib.import_module(module)
+    for part in attribute.split("."):
+        found = getattr(found, part)
+    from torch import nn
+
+    return found if isinstance(found, nn.Module) or not callable(found) else found()
+
+
+def _write(report: Report, form: Format, output: Path | None) -> None:
+    if form is Format.text and output is None:
+        from rich.console import Console
+
+        Console().print(report)
+        return
+    text = {
+        Format.text: report.__str__,
+        Format.json: report.to_json,
+        Format.markdown: report.to_markdown,
+        Format.html: report.to_html,
+    }[form]()
+    if output is None:
+        typer.echo(text)
+    else:
+        output.write_text(text + "\n", encoding="utf-8")
+        typer.echo(f"{report.verdict} Written to {output}.", err=True)
