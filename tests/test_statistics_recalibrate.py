@@ -178,6 +178,7 @@ def test_reused_layer(swapped):
     probe.seen.clear()
     recalibrate(model, batches, layerwise=True)
     close(probe.layer, probe.seen[6:])  # the first six calls are those that find the order
+    assert probe.layer.num_batches_tracked == len(probe.seen[6:]) == 6
 
 
 def test_heals_nan_and_writes_in_place():
