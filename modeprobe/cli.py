@@ -39,10 +39,6 @@ def _root(
     pass
 
 
-app.command()(bench)
-app.command()(probe)
-
-
 class Section(str, Enum):
     """Parts of the tour."""
 
@@ -72,6 +68,10 @@ def tour(
     except OSError as error:
         raise typer.BadParameter(f"cannot write {output}: {error.strerror}", param_hint="--output") from None
     raise typer.Exit(taken.exit_code)
+
+
+app.command()(probe)
+app.command()(bench)
 
 
 @app.command()
