@@ -41,8 +41,12 @@ def wheel(tmp_path_factory):
     for stale in (ROOT / "build").glob("[lb]*"):  # lib*, bdist*: modules that are gone must not be packed
         shutil.rmtree(stale)
     out = tmp_path_factory.mktemp("wheel")
+    from modeprobe import _extension
+
+    # As the library that is being tested was built: its objects are used again.
+    cuda = {"MODEPROBE_CUDA": "1" if _extension.built_for("cuda") else "0"}
     pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
-    run(*pip, "-w", out, ROOT)
+    run(*pip, "-w", out, ROOT, env={**os.environ, **cuda})
     return next(out.glob("*.whl"))
 
 
