@@ -1,6 +1,6 @@
 """The table of kernel resources, and what every kernel promises: ``python -m modeprobe.benchmarks.kernels``.
 
-CUDA kernels are read from the built library itself; no GPU is needed.
+CUDA kernels are read from the built library itself, Triton kernels are compiled; no GPU is needed.
 """
 
 from __future__ import annotations
@@ -113,6 +113,17 @@ def library() -> Path | None:
     return Path(_C.__file__)
 
 
+def triton_kernels() -> list[Resources]:
+    """The Triton kernels as their launchers launch them, for sm_90; empty without Triton."""
+    from modeprobe.ops.backend import triton_installed
+
+    if not triton_installed():
+        return []
+    from modeprobe.benchmarks.triton_works import triton_resources
+
+    return list(triton_resources(archs=(90,)))
+
+
 def main() -> int:
     """Prints the table and, in a checkout, writes it to ``benchmarks/results``; 1 if a promise is broken."""
     from modeprobe import _extension
@@ -122,18 +133,19 @@ def main() -> int:
         print(reason, file=sys.stderr)
         return 1
     path = library()
-    if path is None:
-        print(f"No CUDA kernels to read: {_extension.why_not('cuda')}", file=sys.stderr)
-        return 1
-    kernels = cuda_kernels(path)
+    kernels = [] if path is None else cuda_kernels(path)
     text = "# Kernel resources\n\n"
     text += (
         "From the compilers' output, without a GPU: `make kernels`. Instructions per element are those of\n"
     )
-    text += "the innermost loop that loads and stores 16 bytes.\n\n## CUDA\n\n"
-    text += resources.markdown(kernels)
+    text += "the innermost loop that loads and stores 16 bytes; without a loop, from entry to exit.\n\n"
+    text += "## CUDA\n\n"
+    text += resources.markdown(kernels) if kernels else f"None: {_extension.why_not('cuda')}\n"
+    text += "\n## Triton\n\n"
+    triton = triton_kernels()
+    text += resources.markdown(triton) if triton else "None: Triton is not installed.\n"
     print(text)
-    if RESULT.parent.is_dir():
+    if kernels and RESULT.parent.is_dir():
         RESULT.write_text(text)
         print(f"written to {RESULT}")
     broken = broken_promises(kernels)

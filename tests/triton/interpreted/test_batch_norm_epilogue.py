@@ -16,9 +16,8 @@ EPS = 1e-5
 
 
 def assert_near(ours, truth, what):
-    torch.testing.assert_close(
-        ours.double(), truth.double(), rtol=5e-6, atol=5e-6, msg=lambda m: f"{what}: {m}"
-    )
+    ours, truth = ours.double(), truth.double()
+    torch.testing.assert_close(ours, truth, rtol=5e-6, atol=5e-6, msg=lambda m: f"{what}: {m}")
 
 
 def double(*tensors):
@@ -60,8 +59,8 @@ def test_forward_and_backward(shape, channels_last, activation, with_residual, d
         grad, x, ours[1], weight, bias, True, True, True, with_residual, residual, *epilogue, signs
     )
     expected = reference.batch_norm_backward(
-        grad.double(), x64, truth[1], weight64, bias64, True, True, True, with_residual, residual64, *epilogue,
-        signs,
+        grad.double(), x64, truth[1], weight64, bias64, True, True, True, with_residual, residual64,
+        *epilogue, signs,
     )  # fmt: skip
     for a, b, what in zip(found, expected, ("x", "weight", "bias", "residual"), strict=True):
         assert_near(a, b, f"gradient of {what}")
