@@ -24,7 +24,7 @@ def _load_key(key_ptr):
 def _chunk_words(key, chunk, TIE: tl.constexpr):
     """The words that decide elements [8 * chunk, 8 * chunk + 8); TIE = 1: those that break ties."""
     c2 = chunk.to(tl.uint32)
-    c3 = (chunk >> 32).to(tl.uint32) & 0x1FFFFFFF | TIE << 31  # the index is a uint64
+    c3 = (chunk >> 32).to(tl.uint32) | TIE << 31
     zero = tl.zeros_like(c2)
     return _philox(key[0], key[1], zero + key[2], zero + key[3], c2, c3)
 
@@ -57,12 +57,12 @@ def _any(x):
 
 @triton.jit
 def _keep(key, first, lane, hi, lo, VEC: tl.constexpr):
-    """Which elements of the vectors that start at element indices `first` (int64) are kept.
+    """Which elements of the vectors that start at element indices `first` (int64, read as uint64) are kept.
 
     first: shape (..., 1); lane: arange(VEC) of shape (1, ..., VEC), one rank with it.
     hi, lo: uint32 with T = 65536 * hi + lo and hi <= 65535 (T = 2^32 is 65535, 65536).
     """
-    chunk = first >> 3
+    chunk = first.to(tl.uint64, bitcast=True) >> 3
     w0, w1, w2, w3 = _chunk_words(key, chunk, 0)
     if lo != 0:
         tied = _equal_halves(w0, hi) | _equal_halves(w1, hi) | _equal_halves(w2, hi) | _equal_halves(w3, hi)
