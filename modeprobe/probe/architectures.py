@@ -6,6 +6,7 @@ The only part of the probe that knows transformers. Nothing is downloaded.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import inspect
 import logging
 import os
@@ -16,11 +17,11 @@ from typing import Any
 import torch
 from torch import nn
 
-MAX_PARAMETERS = 60_000_000
+MAX_PARAMETERS = 250_000_000
 
 # Sizes by the names that configurations use; widths are multiples of the head counts.
-_HIDDEN = """hidden_size d_model n_embd dim encoder_hidden_size word_embed_proj_dim projection_dim
-embedding_size d_inner decoder_hidden_size""".split()  # noqa: SIM905
+_HIDDEN = """hidden_size attention_hidden_size d_model n_embd dim encoder_hidden_size word_embed_proj_dim
+projection_dim embedding_size d_inner decoder_hidden_size""".split()  # noqa: SIM905
 _INNER = """intermediate_size ffn_dim d_ff hidden_dim encoder_ffn_dim decoder_ffn_dim ffn_hidden_size n_inner
 encoder_intermediate_size decoder_intermediate_size moe_intermediate_size
 shared_expert_intermediate_size""".split()  # noqa: SIM905
@@ -38,6 +39,12 @@ _WIDTHS = {
     "embed_dim": 16,
     "num_conv_pos_embeddings": 16,
     "num_conv_pos_embedding_groups": 2,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
+    "kv_lora_rank": 16,
+    "q_lora_rank": 16,
+    "rotary_dim": 8,
 }
 _DEPTHS = {
     **dict.fromkeys(_LAYERS, 2),
@@ -56,8 +63,11 @@ _DEPTHS = {
     "max_source_positions": 50,
     "max_target_positions": 32,
 }
+_HEAD_SIZES = frozenset({"head_dim", "d_kv", "num_key_value_heads", "qk_rope_head_dim", "rotary_dim"})
 # What follows from other fields, and would contradict them once those are small.
-_DERIVED = frozenset({"out_features", "out_indices", "stage_names", "_out_features", "_out_indices"})
+_DERIVED = frozenset(
+    {"out_features", "out_indices", "stage_names", "_out_features", "_out_indices", "attention_layers"}
+)
 
 
 class ArchitectureError(Exception):
@@ -86,7 +96,9 @@ def build(model_type: str, seed: int = 0) -> tuple[nn.Module, dict[str, torch.Te
     tried: list[str] = []
     with warnings.catch_warnings(), _quiet():
         warnings.simplefilter("ignore")
-        for sizes in ({**_DEPTHS, **_WIDTHS}, _DEPTHS, {}):
+        narrow = {**_DEPTHS, **_WIDTHS}
+        free = {name: size for name, size in narrow.items() if name not in _HEAD_SIZES}
+        for sizes in (narrow, free, _DEPTHS, {}):
             try:
                 model = _model(model_type, sizes, seed)
             except Exception as error:
@@ -149,6 +161,18 @@ def _constructor(config: Any) -> Any:
         if name.startswith("MODEL_FOR") and name.endswith("_MAPPING") and type(config) in mapping:
             found = mapping[type(config)]
             return found[0] if isinstance(found, tuple) else found
+    # Parts of larger models have no automatic class: look beside their configuration.
+    source = importlib.import_module(type(config).__module__.replace(".configuration_", ".modeling_"))
+    beside = [
+        kind
+        for kind in vars(source).values()
+        if isinstance(kind, type)
+        and issubclass(kind, transformers.PreTrainedModel)
+        and getattr(kind, "config_class", None) is type(config)
+        and not kind.__name__.endswith("PreTrainedModel")
+    ]
+    if beside:
+        return beside[0]
     raise ArchitectureError(f"no model class for {type(config).__name__}")
 
 
@@ -163,6 +187,8 @@ def _shrunk(values: dict[str, Any], sizes: dict[str, int]) -> dict[str, Any]:
             shrunk[name] = sizes[name]
         elif isinstance(value, list) and name in ("depths", "num_blocks", "depth") and sizes:
             shrunk[name] = [1] * len(value)
+        elif isinstance(value, list) and name == "attention_types" and sizes:
+            shrunk[name] = [[kinds, max(1, 2 // len(kinds))] for kinds, _ in value[:1]]
         elif isinstance(value, list) and name.endswith("layer_types") and sizes:
             other = next((item for item in value if item != value[0]), value[0])
             shrunk[name] = [value[0], other]

@@ -62,10 +62,11 @@ class LocalJudge:
             return [self._finding(self.word(next(iter(self.added))), self.added, change)]
         self.unseen = tuple(s for s in self.flipped.unseen if s not in self.steady.unseen)
         if not change and not self.added and not self.unseen:
-            return self._unintercepted()
+            self.quiet = self.flipped
+            return self._gated_coins() or self._unintercepted()
         self.quiet = self.bench.variant(True, silent=self.silent) if self.silent else self.flipped
         self.residue = differs(self.quiet, self.steady, exact=True)
-        found = self._silenceable(change) + self._drawn()
+        found = self._silenceable(change) + self._drawn() + self._gated_coins()
         if self.residue:
             if not any(f.cause in _UNSILENCED or f.events.keys() - self.silent for f in found):
                 found += self._remainder(self.residue)
@@ -114,6 +115,30 @@ class LocalJudge:
         finding.varies = any(differs(v, self.quiet, exact=True) for v in variants[1:])
         return [finding]
 
+    def _gated_coins(self) -> list[Finding]:
+        """Scalar draws made in both modes whose outcome only counts in one."""
+        coins = {
+            key: events
+            for key, events in self.flipped.trace.active().items()
+            if key.kind == "draw"
+            and key.path == self.path
+            and key not in self.added
+            and all(event.scalar for event in events)
+        }
+        if not coins or differs(self.quiet, self.steady, exact=True):
+            return []
+        keys = frozenset(coins)
+        for force in (0, 1):
+            on = self.bench.variant(True, silent=self.silent, force=force, forced=keys)
+            off = self.bench.variant(False, force=force, forced=keys)
+            change = differs(on, off, exact=True)
+            if change:
+                skips = any(on.trace.calls[path] < n for path, n in off.trace.calls.items())
+                finding = self._finding("stochastic_depth" if skips else "random_noise", coins, change)
+                finding.forced, finding.varies = force, True
+                return [finding]
+        return []
+
     def _by_use(self) -> dict[str, Events]:
         groups: dict[str, Events] = {}
         for key, events in self.added.items():
@@ -139,8 +164,9 @@ class LocalJudge:
                 forced = self.bench.variant(True, silent=self.silent, force=force, forced=keys)
                 change = differs(forced, self.quiet, exact=True)
                 if change:
-                    calls = forced.trace.calls
-                    skips = any(calls[path] < n for path, n in self.steady.trace.calls.items())
+                    runs = (forced.trace.calls, self.quiet.trace.calls)
+                    calls = self.steady.trace.calls
+                    skips = any(run[path] < n for run in runs for path, n in calls.items())
                     if word == "coin":
                         word = "stochastic_depth" if skips else "random_noise"
                     finding = self._finding(word, events, change)

@@ -87,8 +87,10 @@ class Reach:
             return change if change.differs else None
         keys = frozenset(finding.events)
         if finding.forced is not None:
-            without = self.run(True, {}, Control(_SALT, force=finding.forced, forced=keys))
-        elif finding.only_cause or not keys:
+            low, high = (self.run(True, {}, Control(_SALT, force=f, forced=keys)) for f in (0, 1))
+            change = compare(low.leaves, high.leaves)
+            return None if change.same else change
+        if finding.only_cause or not keys:
             without = self.run(True, owners)
         else:
             without = self.run(True, {}, _switch(finding.events))
@@ -96,8 +98,7 @@ class Reach:
         if not change.same:
             return change
         flipped = {path: self.flags[True][path] for path in finding.owners}
-        forced = Control(_SALT, force=finding.forced, forced=keys if finding.forced is not None else None)
-        change = compare(self.run(False, flipped, forced).leaves, self.base(False).leaves)
+        change = compare(self.run(False, flipped).leaves, self.base(False).leaves)
         return None if change.same else change
 
     def of_events(self, mode: bool, events: Mapping[Key, list]) -> Comparison | None:

@@ -133,6 +133,17 @@ class LayerDrop(nn.Module):
         return x
 
 
+class EagerCoin(LayerDrop):
+    """Draws its coin in both modes and heeds it in training only."""
+
+    def forward(self, x):
+        for layer in self.layers:
+            coin = np.random.uniform(0, 1)
+            if not (self.training and coin < self.p):
+                x = layer(x)
+        return x
+
+
 def accelerate_like(p):
     model = nn.Sequential(nn.Linear(8, 8), nn.Dropout(p))
     for module in model:
@@ -314,6 +325,8 @@ CASES = [
     Case("LayerDrop by python", lambda: LayerDrop(0.5, random.random), "differs", S, "t"),
     Case("LayerDrop by python, p=0", lambda: LayerDrop(0.0, random.random), "none"),
     Case("LayerDrop by numpy", lambda: LayerDrop(0.5, lambda: np.random.uniform(0, 1)), "differs", S, "t"),
+    Case("LayerDrop, drawn in both modes", lambda: EagerCoin(0.1), "differs", S, "t"),
+    Case("LayerDrop, drawn in both modes, p=0", lambda: EagerCoin(0.0), "none"),
     Case("random flip", run(lambda s, x: x.flip(-1) if s.training and torch.rand(1) < 0.5 else x), "differs", N, "t"),
     Case("dropout that reaches no output", run(lambda s, x: (s.d(x), x)[1], d=nn.Dropout(0.5)), "none"),
     Case("functional dropout that reaches no output", run(lambda s, x: (F.dropout(x, 0.5, s.training), x)[1]), "none"),
