@@ -65,97 +65,91 @@ def operators(name: str) -> Any:
     return _backends[name]
 
 
-class BatchNorm(torch.autograd.Function):
-    """``batch_norm_train`` or ``batch_norm_eval`` of backend ``name``, differentiable."""
-
-    @staticmethod
-    def forward(
-        ctx,
-        x,
+def _forward(ctx, x, weight, bias, residual, key, call):
+    running_mean, running_var, counter, skipped, training, momentum, eps, activation, slope, p, name = call
+    ops = operators(name)
+    bits = recomputes = False
+    if activation != reference.NONE:
+        epilogue = Epilogue(residual, activation, slope, key, p)
+        bits, recomputes = epilogue.wants_sign_bits(), epilogue.wants_input()
+    tail = (residual, activation, slope, key, p)
+    if training:
+        y, statistics, sign_bits = ops.batch_norm_train(
+            x, weight, bias, running_mean, running_var, counter, skipped, momentum, eps, *tail, bits
+        )
+    else:
+        y, statistics, sign_bits = ops.batch_norm_eval(
+            x, running_mean, running_var, weight, bias, eps, *tail, True, bits
+        )
+    need = ctx.needs_input_grad
+    ctx.save_for_backward(
+        x if training or recomputes or need[1] or need[2] else None,
+        statistics,
         weight,
         bias,
-        residual,
+        residual if recomputes else None,
         key,
-        running_mean,
-        running_var,
-        num_batches_tracked,
-        skipped_batches,
+        sign_bits if bits else None,
+    )
+    ctx.arguments = training, eps, activation, slope, p, name
+    return y
+
+
+def _backward(ctx, grad):
+    """The gradients of x, weight, bias and residual."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        return _differentiable_backward(ctx, grad)
+    x, statistics, weight, bias, residual, key, sign_bits = ctx.saved_tensors
+    training, _, activation, slope, p, name = ctx.arguments
+    need_x, need_weight, need_bias, need_residual = ctx.needs_input_grad[:4]
+    plain = activation == reference.NONE and key is None
+    gx, gw, gb, gr = operators(name).batch_norm_backward(
+        grad,
+        x,
+        statistics,
+        weight,
+        bias,
         training,
-        momentum,
-        eps,
+        need_x,
+        need_weight or need_bias,
+        need_residual and not plain,
+        residual,
         activation,
         slope,
+        key,
         p,
-        name,
-    ):
-        ops = operators(name)
-        epilogue = Epilogue(residual, activation, slope, key, p)
-        bits = epilogue.wants_sign_bits()
-        if training:
-            y, statistics, sign_bits = ops.batch_norm_train(
-                x,
-                weight,
-                bias,
-                running_mean,
-                running_var,
-                num_batches_tracked,
-                skipped_batches,
-                momentum,
-                eps,
-                *epilogue,
-                bits,
-            )
-        else:
-            y, statistics, sign_bits = ops.batch_norm_eval(
-                x, running_mean, running_var, weight, bias, eps, *epilogue, True, bits
-            )
-        need = ctx.needs_input_grad
-        keep_x = training or epilogue.wants_input() or need[1] or need[2]
-        ctx.save_for_backward(
-            x if keep_x else None,
-            statistics,
-            weight,
-            bias,
-            residual if epilogue.wants_input() else None,
-            key,
-            sign_bits if bits else None,
-        )
-        ctx.arguments = training, eps, activation, slope, p, name
-        return y
+        sign_bits,
+    )
+    return (
+        gx if need_x else None,
+        gw if need_weight else None,
+        gb if need_bias else None,
+        (grad if plain else gr) if need_residual else None,
+    )
+
+
+class BatchNorm(torch.autograd.Function):
+    """``batch_norm_train`` or ``batch_norm_eval``, differentiable; ``call`` is what ``_forward`` unpacks."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, residual, key, *call):
+        return _forward(ctx, x, weight, bias, residual, key, call)
 
     @staticmethod
     def backward(ctx, grad):
-        x, statistics, weight, bias, residual, key, sign_bits = ctx.saved_tensors
-        training, _, activation, slope, p, name = ctx.arguments
-        need_x, need_weight, need_bias, need_residual = ctx.needs_input_grad[:4]
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            grads = _differentiable_backward(ctx, grad)
-        else:
-            plain = activation == reference.NONE and key is None
-            gx, gw, gb, gr = operators(name).batch_norm_backward(
-                grad,
-                x,
-                statistics,
-                weight,
-                bias,
-                training,
-                need_x,
-                need_weight or need_bias,
-                need_residual and not plain,
-                residual,
-                activation,
-                slope,
-                key,
-                p,
-                sign_bits,
-            )
-            grads = (
-                gx if need_x else None,
-                gw if need_weight else None,
-                gb if need_bias else None,
-                (grad if plain else gr) if need_residual else None,
-            )
-        return *grads, *[None] * 12
+        return *_backward(ctx, grad), *[None] * 12
+
+
+class PackedBatchNorm(torch.autograd.Function):
+    """The same with ``call`` as one argument: every argument costs time, but a compiler must see all tensors."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, residual, key, call):
+        return _forward(ctx, x, weight, bias, residual, key, call)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return *_backward(ctx, grad), None, None
 
 
 def _differentiable_backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -262,12 +256,8 @@ def batch_norm(
         or (bias is not None and bias.requires_grad)
         or (epilogue.residual is not None and epilogue.residual.requires_grad)
     ):
-        return BatchNorm.apply(
-            x,
-            weight,
-            bias,
-            epilogue.residual,
-            epilogue.key,
+        residual, activation, slope, key, p = epilogue
+        call = (
             running_mean,
             running_var,
             num_batches_tracked,
@@ -275,11 +265,14 @@ def batch_norm(
             training,
             momentum,
             eps,
-            epilogue.activation,
-            epilogue.slope,
-            epilogue.p,
+            activation,
+            slope,
+            p,
             name,
         )
+        if torch.compiler.is_compiling():
+            return BatchNorm.apply(x, weight, bias, residual, key, *call)
+        return PackedBatchNorm.apply(x, weight, bias, residual, key, call)
     ops = operators(name)
     if training:
         return ops.batch_norm_train(
