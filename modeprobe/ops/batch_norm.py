@@ -141,7 +141,7 @@ class BatchNorm(torch.autograd.Function):
 
 
 class PackedBatchNorm(torch.autograd.Function):
-    """The same with ``call`` as one argument: every argument costs time, but a compiler must see all tensors."""
+    """The same with ``call`` in one argument, as each costs time; a compiler must see all tensors."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, residual, key, call):
