@@ -1,0 +1,104 @@
+"""What bad input gets, and any shapes and options against float64."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.batch_norm import compare, sample
+from torch.nn import functional as F
+
+import modeprobe as mp
+from modeprobe import functional as MF
+
+pytestmark = pytest.mark.rung("reference")
+
+X = torch.randn(4, 3, 5)
+ONES = torch.ones(3)
+
+
+@pytest.mark.parametrize(
+    ("error", "match", "arguments"),
+    [
+        (NotImplementedError, "not implemented for torch.int32", (X.int(), None, None, None, None, True)),
+        (NotImplementedError, "torch.complex64", (X.cfloat(), None, None, None, None, True)),
+        (IndexError, "must have shape", (X[0, 0], None, None, None, None, True)),
+        (RuntimeError, "running_mean should contain 3 elements not 4", (X, torch.ones(4), torch.ones(4))),
+        (RuntimeError, "weight should contain 3 elements not 2", (X, ONES, ONES, torch.ones(2))),
+        (RuntimeError, "bias must have shape", (X, ONES, ONES, ONES, torch.ones(3, 1))),
+        (RuntimeError, "mixed dtype: weight must be torch.float32", (X, ONES, ONES, ONES.double())),
+        (RuntimeError, "running_mean must be on the input's device", (X, ONES.to("meta"), ONES)),
+        (ValueError, "both be None or neither", (X, ONES, None, None, None, True)),
+        (RuntimeError, "must be defined in evaluation mode", (X, None, None)),
+        (ValueError, "eps must be positive", (X, None, None, None, None, True, 0.1, 0.0)),
+        (ValueError, "eps must be non-negative", (X, ONES, ONES, None, None, False, 0.1, -1.0)),
+        (ValueError, "Expected more than 1 value", (X[:1, :, :1], None, None, None, None, True)),
+        (ValueError, "momentum=None", (X, ONES, ONES, None, None, True, None)),
+        (RuntimeError, "not differentiable in running_mean", (X, ONES.clone().requires_grad_(), ONES)),
+    ],
+)
+@pytest.mark.parametrize("name", ["native", "reference"])
+def test_bad_arguments(error, match, arguments, name):
+    with mp.backend(name), pytest.raises(error, match=match):
+        MF.batch_norm(*arguments)
+    assert torch.equal(ONES, torch.ones(3))
+
+
+def test_bad_module_input():
+    for ours, theirs in (
+        (mp.nn.BatchNorm1d(3), torch.nn.BatchNorm1d(3)),
+        (mp.nn.BatchNorm2d(3), torch.nn.BatchNorm2d(3)),
+    ):
+        for x in (torch.randn(2, 3, 2, 2, 2), torch.randn(1, 3, 1)[..., :1], torch.randn(2, 4, 2, 2)):
+            with pytest.raises((ValueError, RuntimeError)) as expected:
+                theirs(x)
+            with pytest.raises(expected.type) as found:
+                ours(x)
+            assert str(found.value) == str(expected.value)
+            assert ours.num_batches_tracked == 0
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    n=st.integers(1, 9),
+    channels=st.integers(1, 40),
+    spatial=st.lists(st.integers(1, 9), max_size=3),
+    layout=st.sampled_from(["contiguous", "channels_last", "sliced", "misaligned"]),
+    training=st.booleans(),
+    momentum=st.floats(0, 1),
+    eps=st.sampled_from([1e-5, 1e-3, 0.1]),
+    affine=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_any_shape_and_option(n, channels, spatial, layout, training, momentum, eps, affine, seed):
+    shape = (n + 1, channels, *spatial)
+    weight, bias = (torch.rand(channels) + 0.5, torch.randn(channels)) if affine else (None, None)
+    compare(
+        sample(shape, layout=layout, seed=seed),
+        weight,
+        bias,
+        (torch.randn(channels), torch.rand(channels) + 0.5),
+        sample(shape, seed=seed + 1),
+        MF.batch_norm,
+        training=training,
+        momentum=momentum,
+        eps=eps,
+        # With two values per channel, 1 / std amplifies what rounding does to their difference.
+        slack=1e-4 if training and n * len(spatial) < 4 else 1e-6,
+    )
+
+
+def test_reference_backend_agrees():
+    x, residual = sample((4, 6, 5, 5)), sample((4, 6, 5, 5), seed=3)
+    found = []
+    for name in ("native", "reference"):
+        leaf, other = x.clone().requires_grad_(), residual.clone().requires_grad_()
+        mean, var, count = torch.zeros(6), torch.ones(6), torch.tensor(0)
+        with mp.backend(name):
+            y = MF.batch_norm(
+                leaf, mean, var, torch.ones(6), None, True, None, activation="relu", residual=other,
+                dropout_p=0.3, key=mp.mask.key(2), num_batches_tracked=count,
+            )  # fmt: skip
+            y.pow(2).sum().backward()
+        found.append((y, leaf.grad, other.grad, mean, var, count))
+    torch.testing.assert_close(found[0], found[1])
+    assert F.relu(found[0][0]).equal(found[0][0])
