@@ -17,10 +17,11 @@ STABLE_TORCH_LIBRARY(modeprobe, m) {
   //
   // key: int64 (2), read as uint64 (seed, stream), on the data's device. p_tensor: float64, one element, on
   // the data's device; where given it is used instead of p, is never read by the host of a CUDA op, and is
-  // clamped to [0, 1]. scale = 1 / (1 - p) computed in float64 and rounded to acc, or 1 where !scaled; p = 1
-  // drops everything. acc is float64 for float64 data, else float32; results are rounded once.
-  // Dense, non-overlapping input (any order of strides): i counts in memory order, the output has the input's
-  // strides. Any other input counts as, and yields, a contiguous one. offset: int64, read as uint64.
+  // clamped to [0, 1] there (the CPU, which waits for nobody, raises). scale = 1 / (1 - p) computed in
+  // float64 and rounded to acc, or 1 where !scaled; p = 1 drops everything. acc is float64 for float64 data,
+  // else float32; results are rounded once. Dense, non-overlapping input (any order of strides): i counts in
+  // memory order, the output has the input's strides. Any other input counts as, and yields, a contiguous
+  // one. offset: int64, read as uint64.
   m.def(
       "dropout(Tensor input, Tensor key, float p, int offset=0, bool scaled=True, Tensor? p_tensor=None) "
       "-> Tensor");
