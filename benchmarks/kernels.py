@@ -52,6 +52,15 @@ PROMISES = (
         vector_stores=True,
     ),
     Promise(r"batch_norm_(normalize|input_gradient)_kernel", 2, vector_loads=True, vector_stores=True),
+    Promise(r"structured_dropout_kernel<double", 2, vector_loads=True, vector_stores=True),
+    Promise(r"structured_dropout_kernel<\w+, true", 3, vector_loads=True, vector_stores=True),
+    Promise(r"structured_dropout_kernel", 4, vector_loads=True, vector_stores=True),
+    Promise(r"bias_dropout_add_backward_kernel<\w+, 1>", 2),
+    Promise(r"bias_dropout_add_backward_kernel", 2, vector_loads=True, vector_stores=True),
+    Promise(r"bias_dropout_add_kernel<double", 2, vector_loads=True, vector_stores=True),
+    Promise(r"bias_dropout_add_kernel", 4, vector_loads=True, vector_stores=True),
+    Promise(r"softmax_dropout(_backward)?_kernel<double", 1, vector_loads=True, vector_stores=True),
+    Promise(r"softmax_dropout(_backward)?_kernel", 2, vector_loads=True, vector_stores=True),
     Promise(r""),
 )
 

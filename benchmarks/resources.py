@@ -230,7 +230,7 @@ def hot_path(instructions: list[Instruction]) -> list[Instruction] | None:
     blocks, successors = _blocks(instructions)
     costs = [len(block) for block in blocks]
     best: tuple[int, list[int]] | None = None
-    for latch, after in successors.items():
+    for latch, after in list(successors.items()):
         for head in (number for number in after if number <= latch):
             inside = range(head, latch + 1)
             touched = [

@@ -52,7 +52,9 @@ def symbols(kind):
 def test_cuda_implementations_are_registered():
     for operator in ("dropout", "dropout_", "dropout_mask", "fold_in", "batch_norm_train", "batch_norm_eval",
                      "batch_norm_moments", "batch_norm_merge", "batch_norm_backward",
-                     "batch_norm_backward_reduce", "batch_norm_backward_input"):  # fmt: skip
+                     "batch_norm_backward_reduce", "batch_norm_backward_input",
+                     "structured_dropout", "alpha_dropout", "bias_dropout_add", "bias_dropout_add_backward",
+                     "softmax_dropout", "softmax_dropout_backward"):  # fmt: skip
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"modeprobe::{operator}", "CUDA"), operator
 
 

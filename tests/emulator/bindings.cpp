@@ -1,5 +1,8 @@
 // Python's view of the emulated kernels; tensors come as addresses.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <vector>
 
 #include "kernels.h"
 #include "machine_kernels.h"
@@ -40,6 +43,37 @@ PYBIND11_MODULE(modeprobe_emulator, m) {
         });
   m.def("fold_in",
         [](uintptr_t out, uintptr_t key, uint64_t n) { fold_in(at<int64_t>(out), at<int64_t>(key), n); });
+
+  using Sizes = std::vector<int64_t>;
+  m.def("structured_dropout", [](int dtype, uintptr_t x, uintptr_t y, int64_t n, const Sizes& size,
+                                 const Sizes& step, uintptr_t key, uint64_t offset, double p,
+                                 uintptr_t p_on_device, bool scaled, bool alpha, bool linear) {
+    structured_dropout(Dtype(dtype), at<void>(x), at<void>(y), n, int(size.size()), size.data(), step.data(),
+                       at<int64_t>(key), offset, {p, at<void>(p_on_device), scaled}, alpha, linear);
+  });
+  m.def("bias_dropout_add", [](int dtype, uintptr_t x, uintptr_t bias, uintptr_t residual, uintptr_t y,
+                               int64_t n, int64_t columns, uintptr_t key, uint64_t offset, double p) {
+    bias_dropout_add(Dtype(dtype), at<void>(x), at<void>(bias), at<void>(residual), at<void>(y), n, columns,
+                     at<int64_t>(key), offset, {p});
+  });
+  m.def("bias_dropout_add_backward", [](int dtype, uintptr_t dy, uintptr_t dx, uintptr_t d_bias, int64_t rows,
+                                        int64_t columns, uintptr_t key, uint64_t offset, double p) {
+    bias_dropout_add_backward(Dtype(dtype), at<void>(dy), at<void>(dx), at<void>(d_bias), rows, columns,
+                              at<int64_t>(key), offset, {p});
+  });
+  m.def("softmax_dropout", [](int dtype, uintptr_t scores, uintptr_t mask, bool is_bool, const Sizes& size,
+                              const Sizes& step, int64_t inner_step, uintptr_t y, uintptr_t probabilities,
+                              int64_t rows, int64_t length, uintptr_t key, uint64_t offset, double p) {
+    softmax_dropout(Dtype(dtype), at<void>(scores), at<void>(mask), is_bool, int(size.size()), size.data(),
+                    step.data(), inner_step, at<void>(y), at<void>(probabilities), rows, length,
+                    at<int64_t>(key), offset, {p});
+  });
+  m.def("softmax_dropout_backward",
+        [](int dtype, uintptr_t dy, uintptr_t probabilities, uintptr_t ds, int64_t rows, int64_t length,
+           uintptr_t key, uint64_t offset, double p) {
+          softmax_dropout_backward(Dtype(dtype), at<void>(dy), at<void>(probabilities), at<void>(ds), rows,
+                                   length, at<int64_t>(key), offset, {p});
+        });
 
   py::class_<BatchNorm> layer(m, "BatchNorm");
   layer.def(py::init([](int64_t n, int64_t c, int64_t s, bool channels_last) {

@@ -1,6 +1,9 @@
 #pragma once
 
+#include <cstddef>
+#include <memory>
 #include <stdexcept>
+#include <string>
 #include <type_traits>
 
 #include "kernels.h"

@@ -17,6 +17,22 @@ void dropout(Dtype dtype, const void* x, void* y, int64_t n, const int64_t* key,
 void dropout_mask(uint8_t* mask, int64_t n, const int64_t* key, uint64_t offset, Rate rate);
 void fold_in(int64_t* out, const int64_t* key, uint64_t n);
 
+// dims, size, step: the walk through the mask; 0: every element has its own decision.
+void structured_dropout(Dtype dtype, const void* x, void* y, int64_t n, int dims, const int64_t* size,
+                        const int64_t* step, const int64_t* key, uint64_t offset, Rate rate, bool alpha,
+                        bool linear);
+void bias_dropout_add(Dtype dtype, const void* x, const void* bias, const void* residual, void* y, int64_t n,
+                      int64_t columns, const int64_t* key, uint64_t offset, Rate rate);
+void bias_dropout_add_backward(Dtype dtype, const void* dy, void* dx, void* d_bias, int64_t rows,
+                               int64_t columns, const int64_t* key, uint64_t offset, Rate rate);
+// dims, size, step: of the mask's rows.
+void softmax_dropout(Dtype dtype, const void* scores, const void* mask, bool is_bool, int dims,
+                     const int64_t* size, const int64_t* step, int64_t inner_step, void* y,
+                     void* probabilities, int64_t rows, int64_t length, const int64_t* key, uint64_t offset,
+                     Rate rate);
+void softmax_dropout_backward(Dtype dtype, const void* dy, const void* probabilities, void* ds, int64_t rows,
+                              int64_t length, const int64_t* key, uint64_t offset, Rate rate);
+
 // Of one BatchNorm call. Null pointers mean absent; `wide`: parameters and buffers in the accumulate type.
 struct BatchNorm {
   int64_t n, c, s;

@@ -1,5 +1,6 @@
 // Every kernel over sizes, alignments and schedules, on heap blocks that are exactly as large as the data:
 // for the sanitizers, and for planted faults. Prints what is wrong and fails.
+#include <array>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -157,6 +158,29 @@ void sweep_batch_norm(Dtype dtype, int64_t n, int64_t c, int64_t s, bool channel
   }
 }
 
+void sweep_family(Dtype dtype, int64_t rows, int64_t columns, std::mt19937& random) {
+  const int64_t n = rows * columns;
+  for (int shift : {0, 1}) {
+    Buffer x(dtype, n, shift), residual(dtype, n), bias(dtype, columns), y(dtype, n), d_bias(dtype, columns),
+        saved(dtype, n);
+    for (Buffer* buffer : {&x, &residual, &bias}) buffer->fill(dtype, random);
+    const int64_t size[] = {rows, columns}, shared_rows[] = {0, 1}, shared_columns[] = {1, 0};
+    structured_dropout(dtype, x.start, y.start, n, 2, size, shared_rows, kKey, 3, {0.3}, false, false);
+    y.expect_written(dtype, "structured dropout leaves its output unwritten", n);
+    structured_dropout(dtype, x.start, y.start, n, 2, size, shared_columns, kKey, 0, {0.3}, true, false);
+    structured_dropout(dtype, x.start, y.start, n, 0, nullptr, nullptr, kKey, 3, {0.3}, true, true);
+    bias_dropout_add(dtype, x.start, bias.start, residual.start, y.start, n, columns, kKey, 5, {0.3});
+    Buffer dx(dtype, n, shift);
+    bias_dropout_add_backward(dtype, y.start, dx.start, d_bias.start, rows, columns, kKey, 5, {0.3});
+    d_bias.expect_written(dtype, "the bias gradient stays unwritten", n);
+    softmax_dropout(dtype, x.start, residual.start, false, 1, size, &columns, 1, y.start, saved.start, rows,
+                    columns, kKey, 1, {0.3});
+    saved.expect_written(dtype, "softmax leaves its probabilities unwritten", n);
+    softmax_dropout_backward(dtype, x.start, saved.start, dx.start, rows, columns, kKey, 1, {0.3});
+    dx.expect_written(dtype, "softmax leaves its gradient unwritten", n);
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -173,6 +197,8 @@ int main() {
         emulator::settings().seed = seed;
         emulator::settings().multiprocessors = 1 + int(seed);
         for (int64_t n : {0, 1, 7, 8, 9, 111, 1023, 4097}) sweep_dropout(Dtype(d), n, random);
+        for (const auto& [rows, columns] : {std::array<int64_t, 2>{1, 1}, {5, 7}, {9, 64}, {3, 301}})
+          sweep_family(Dtype(d), rows, columns, random);
         for (bool channels_last : {false, true})
           for (const auto& [n, c, s] : {std::array<int64_t, 3>{2, 3, 4}, {3, 5, 37}, {9, 8, 9}, {50, 24, 7}})
             sweep_batch_norm(Dtype(d), n, c, s, channels_last, random);

@@ -14,7 +14,7 @@ pytestmark = [
 
 SOURCES = {
     name: native_build.EMULATOR / f"{name}.cpp"
-    for name in ("scheduler", "sweep", "dropout_kernels", "batch_norm_kernels")
+    for name in ("scheduler", "sweep", "dropout_kernels", "family_kernels", "batch_norm_kernels")
 }
 OPTIONS = {
     False: {"flags": ["-O1", "-DEMULATOR_ONE_DTYPE"], "link": []},

@@ -8,7 +8,14 @@ from types import ModuleType
 import torch
 from support import native_build
 
-SOURCES = ("scheduler", "dropout_kernels", "batch_norm_kernels", "machine_kernels", "bindings")
+SOURCES = (
+    "scheduler",
+    "dropout_kernels",
+    "family_kernels",
+    "batch_norm_kernels",
+    "machine_kernels",
+    "bindings",
+)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 ACTIVATIONS = ("none", "relu", "leaky_relu", "silu", "gelu", "gelu_tanh")
 

@@ -77,11 +77,7 @@ MODEPROBE_HD bool is_plain(const Epilogue<T>& e) {
 // The decisions for the chunk of position `at`, bit 0 for that position itself.
 template <typename acc>
 __device__ __forceinline__ uint32_t keep_bits(Key key, const Rate<acc>& rate, int64_t at) {
-  const auto lanes = decide<1>(key, rate, uint64_t(at) / kLanesPerChunk);
-  uint32_t bits = 0;
-#pragma unroll
-  for (int lane = 0; lane < kLanesPerChunk; ++lane) bits |= uint32_t(lanes.kept(lane, rate)) << lane;
-  return bits >> (at % kLanesPerChunk);
+  return keep_byte(key, rate, uint64_t(at) / kLanesPerChunk) >> (at % kLanesPerChunk);
 }
 
 // An epilogue inside a kernel: key and rate are loaded once per thread.

@@ -124,4 +124,23 @@ __device__ __forceinline__ Lanes<chunks> decide(Key key, const Rate<acc>& rate, 
   return lanes;
 }
 
+// The decisions of one chunk, bit k for element 8 * chunk + k.
+template <typename acc>
+__device__ __forceinline__ uint32_t keep_byte(Key key, const Rate<acc>& rate, uint64_t chunk) {
+  const auto lanes = decide<1>(key, rate, chunk);
+  uint32_t bits = 0;
+#pragma unroll
+  for (int lane = 0; lane < kLanesPerChunk; ++lane) bits |= uint32_t(lanes.kept(lane, rate)) << lane;
+  return bits;
+}
+
+// The decisions of eight elements from i on, which may reach into the next chunk.
+template <typename acc>
+__device__ __forceinline__ uint32_t keep_bits_from(Key key, const Rate<acc>& rate, uint64_t i) {
+  const int lane = int(i % kLanesPerChunk);
+  uint32_t bits = keep_byte(key, rate, i / kLanesPerChunk) >> lane;
+  if (lane) bits |= keep_byte(key, rate, i / kLanesPerChunk + 1) << (kLanesPerChunk - lane);
+  return bits;
+}
+
 }  // namespace modeprobe
