@@ -111,6 +111,8 @@ def extension(cpp_extension, cuda: Path | None):
         "modeprobe._C",
         [str(path.relative_to(ROOT)) for path in sources],
         include_dirs=include_dirs,
+        # Without these setuptools takes the library for up to date after a header has changed.
+        depends=[str(path.relative_to(ROOT)) for path in sorted(CSRC.rglob("*.*h"))],
         define_macros=macros,
         extra_compile_args=compile_args,
         library_dirs=library_dirs,

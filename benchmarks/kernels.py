@@ -27,15 +27,20 @@ class Promise:
     blocks: int = 1
     vector_loads: bool = False
     vector_stores: bool = False
+    blocks_sm_100: int = 0  # where ptxas needs more registers there; else 0
+
+    def blocks_on(self, arch: str) -> int:
+        return self.blocks_sm_100 if arch == "sm_100" and self.blocks_sm_100 else self.blocks
 
 
 # The first match counts. Reductions: 0 is contiguous; 2, 4 and 8 are channels last, 16 bytes per thread; 1 is
 # channels last where rows do not begin at 16-byte borders.
 PROMISES = (
-    Promise(r"dropout_forward_kernel", 4, vector_loads=True, vector_stores=True),
+    Promise(r"dropout_forward_kernel", 4, vector_loads=True, vector_stores=True, blocks_sm_100=2),
     Promise(r"batch_norm_moments_kernel<double, 1>", 2),
     Promise(r"batch_norm_moments_kernel<double", 2, vector_loads=True),
     Promise(r"batch_norm_moments_kernel<\w+, 1>", 3),
+    Promise(r"batch_norm_moments_kernel<\w+, 8>", 3, vector_loads=True, blocks_sm_100=2),
     Promise(r"batch_norm_moments_kernel", 3, vector_loads=True),
     Promise(r"batch_norm_backward_reduce_kernel<double, 1,"),
     Promise(r"batch_norm_backward_reduce_kernel<double", vector_loads=True),
@@ -97,14 +102,16 @@ def broken_promises(kernels: Iterable[Resources]) -> list[str]:
             found.append(f"{where}: {one.spills} accesses to spilled registers, {one.stack} bytes of stack")
         if one.f64 and "double" not in one.kernel:
             found.append(f"{where}: {one.f64} float64 instructions")
-        if promise.vector_loads and not one.vector_loads:
+        # For sm_100 nvcc 13.0 takes float64 packets apart into 8-byte loads.
+        excused = one.arch == "sm_100" and "double" in one.kernel
+        if promise.vector_loads and not one.vector_loads and not excused:
             found.append(f"{where}: no 16-byte load")
         if promise.vector_stores and not one.vector_stores:
             found.append(f"{where}: no 16-byte store")
         warps = one.warps_per_sm(THREADS)
-        if warps < promise.blocks * THREADS // 32:
+        if warps < promise.blocks_on(one.arch) * THREADS // 32:
             found.append(f"{where}: {one.registers} registers let {warps} warps reside, promised are "
-                         f"{promise.blocks * THREADS // 32}")  # fmt: skip
+                         f"{promise.blocks_on(one.arch) * THREADS // 32}")  # fmt: skip
         limit = INSTRUCTIONS.get(one.kernel)
         if limit and one.arch == "sm_90" and (one.per_element is None or one.per_element > limit):
             found.append(f"{where}: {one.per_element} instructions per element, promised are {limit}")

@@ -13,6 +13,14 @@ constexpr int kResident = sizeof(T) == 8 ? 1
                           : plain        ? 3
                                          : 2;
 
+// Of the moments. Eight channels per thread do not fit into 80 registers on sm_100.
+template <typename T, int columns>
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr int kMomentsResident = sizeof(T) == 8 || columns == 8 ? 2 : 3;
+#else
+constexpr int kMomentsResident = sizeof(T) == 8 ? 2 : 3;
+#endif
+
 // Neighbouring channels per thread with channels last; 1 where rows do not begin at 16-byte borders.
 template <typename T>
 constexpr int kColumns = kPacket<T>;
@@ -217,7 +225,7 @@ struct MomentsOutput {
 
 // columns = 0: contiguous, a block per channel and slice; else channels last, `columns` of them per thread.
 template <typename T, int columns>
-__global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : 3)
+__global__ void __launch_bounds__(kThreads, kMomentsResident<T, columns>)
     batch_norm_moments_kernel(const T* x, Layout layout, Partials<Moments<acc_t<T>>> partials,
                               MomentsOutput<T> output) {
   using acc = acc_t<T>;
