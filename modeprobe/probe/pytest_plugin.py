@@ -1,4 +1,4 @@
-"""pytest plugin: the probe's assertions as fixtures. torch is imported when a test asks for one."""
+"""pytest plugin: the probe's assertions as fixtures. the probe is imported when a test asks for one."""
 
 from __future__ import annotations
 
