@@ -14,6 +14,8 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 export MPLBACKEND := Agg
+# One process a core below: more threads than cores slow small tensors many times over.
+test: export OMP_NUM_THREADS := 1
 
 .PHONY: demo test lint bench kernels gpu clean
 
@@ -21,7 +23,7 @@ demo: $(VENV)/.demo
 	$(BIN)/modeprobe tour
 
 test: $(VENV)/.test lint
-	$(BIN)/python -m pytest $(PYTEST)
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile $(PYTEST)
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
