@@ -138,6 +138,14 @@ def build_options() -> dict:
             # Editable installs would use a fresh temporary folder; here ninja rebuilds only what changed.
             self.build_temp = str(ROOT / "build" / "objects")
 
+        def build_extensions(self):
+            # With a CPU torch the ninja rule for nvcc tracks no headers.
+            newest = max(path.stat().st_mtime for path in CSRC.rglob("*.*h"))
+            for compiled in Path(self.build_temp, "csrc", "cuda").glob("*.o"):
+                if compiled.stat().st_mtime < newest:
+                    compiled.unlink()
+            super().build_extensions()
+
     ext = extension(cpp_extension, cuda_home(os.environ.get("MODEPROBE_CUDA", "auto")))
     return {
         "ext_modules": [ext],
