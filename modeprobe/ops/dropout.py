@@ -209,7 +209,7 @@ def fresh_dropout(x: Tensor, p: float) -> Tensor | None:
     device = x.device
     if (
         device.type not in _native_devices
-        or backend._selected != "auto"
+        or backend._selected not in ("auto", "native")
         or forward_ad._current_level >= 0
         or _transforms_active()
     ):
