@@ -1,5 +1,7 @@
 #include "batch_norm_kernels.h"
 
+#include "target.h"
+
 #if defined(__GNUC__)
 #pragma GCC diagnostic ignored "-Wpsabi"
 #endif

@@ -20,6 +20,7 @@ typedef uint16_t HalfRegister __attribute__((vector_size(kRegisterBytes / 2)));
 template <class R, class S>
 struct Pack {
   using Scalar = S;
+  using Register = R;
   static constexpr int kWidth = sizeof(R) / sizeof(S);
   static constexpr int kCount = kLanes / kWidth;
   R r[kCount];
@@ -79,31 +80,44 @@ INLINE Pack<R, S> where_less(Pack<R, S> x, Pack<R, S> y, Pack<R, S> a, Pack<R, S
   return out;
 }
 
+// One register at a time: a memcpy of the whole pack goes through the stack.
+template <class R>
+struct Unaligned {
+  typedef R Type __attribute__((aligned(1), may_alias));
+};
+
 template <class V>
 INLINE void to_array(V v, typename V::Scalar* out) {
-  __builtin_memcpy(out, &v, sizeof(V));
+  using R = typename Unaligned<typename V::Register>::Type;
+  for (int k = 0; k < V::kCount; ++k) *(R*)(out + k * V::kWidth) = v.r[k];
 }
 
 template <class V>
 INLINE V from_array(const typename V::Scalar* in) {
+  using R = typename Unaligned<typename V::Register>::Type;
   V out;
-  __builtin_memcpy(&out, in, sizeof(V));
+  for (int k = 0; k < V::kCount; ++k) out.r[k] = *(const R*)(in + k * V::kWidth);
   return out;
 }
 
 // ---- Bits, one per lane ----
 
-#if MODEPROBE_ISA_WIDTH != 512
+// Integers as wide as a lane, and in each the bit of its lane.
 template <class S>
-OUTLINE uint32_t positive_lanes(const S* lane) {
-  uint32_t bits = 0;
-  for (int i = 0; i < kLanes; ++i) bits |= uint32_t(!(lane[i] <= 0)) << i;
-  return bits;
-}
+struct BitsOf {
+  using Type = WordRegister;
+};
+template <>
+struct BitsOf<double> {
+  typedef uint64_t Type __attribute__((vector_size(kRegisterBytes)));
+};
 
-template <class S>
-OUTLINE void choose_lanes(uint32_t bits, S* x, const S* y) {
-  for (int i = 0; i < kLanes; ++i) x[i] = bits >> i & 1 ? x[i] : y[i];
+#if MODEPROBE_ISA_WIDTH != 512
+template <class R, class S>
+INLINE typename BitsOf<S>::Type lane_bits() {
+  typename BitsOf<S>::Type out;
+  for (int i = 0; i < Pack<R, S>::kWidth; ++i) out[i] = 1u << i;
+  return out;
 }
 #endif
 
@@ -117,30 +131,49 @@ INLINE uint32_t positive_bits(Pack<R, S> z) {  // !(z <= 0)
            uint32_t(_mm512_cmp_pd_mask((__m512d)z.r[1], _mm512_setzero_pd(), _CMP_NLE_UQ)) << 8;
   }
 #else
-  S lane[kLanes];
-  to_array(z, lane);
-  return positive_lanes(lane);
+  uint32_t bits = 0;
+  for (int k = 0; k < Pack<R, S>::kCount; ++k) {
+    uint32_t part = 0;
+#if MODEPROBE_ISA_WIDTH == 256
+    if constexpr (sizeof(S) == 4) {
+      part = _mm256_movemask_ps(_mm256_cmp_ps((__m256)z.r[k], _mm256_setzero_ps(), _CMP_NLE_UQ));
+    } else {
+      part = _mm256_movemask_pd(_mm256_cmp_pd((__m256d)z.r[k], _mm256_setzero_pd(), _CMP_NLE_UQ));
+    }
+#elif defined(__SSE2__)
+    if constexpr (sizeof(S) == 4) {
+      part = _mm_movemask_ps(_mm_cmpnle_ps((__m128)z.r[k], _mm_setzero_ps()));
+    } else {
+      part = _mm_movemask_pd(_mm_cmpnle_pd((__m128d)z.r[k], _mm_setzero_pd()));
+    }
+#else
+    for (int i = 0; i < Pack<R, S>::kWidth; ++i) part |= uint32_t(!(z.r[k][i] <= 0)) << i;
+#endif
+    bits |= part << (k * Pack<R, S>::kWidth);
+  }
+  return bits;
 #endif
 }
 
 template <class R, class S>
 INLINE Pack<R, S> where_bits(uint32_t bits, Pack<R, S> a, Pack<R, S> b) {
-#if MODEPROBE_ISA_WIDTH == 512
   Pack<R, S> out;
+#if MODEPROBE_ISA_WIDTH == 512
   if constexpr (sizeof(S) == 4) {
     out.r[0] = (R)_mm512_mask_blend_ps(__mmask16(bits), (__m512)b.r[0], (__m512)a.r[0]);
   } else {
     out.r[0] = (R)_mm512_mask_blend_pd(__mmask8(bits), (__m512d)b.r[0], (__m512d)a.r[0]);
     out.r[1] = (R)_mm512_mask_blend_pd(__mmask8(bits >> 8), (__m512d)b.r[1], (__m512d)a.r[1]);
   }
-  return out;
 #else
-  S x[kLanes], y[kLanes];
-  to_array(a, x);
-  to_array(b, y);
-  choose_lanes(bits, x, y);
-  return from_array<Pack<R, S> >(x);
+  using Bits = typename BitsOf<S>::Type;
+  const Bits lane = lane_bits<R, S>();
+  for (int k = 0; k < Pack<R, S>::kCount; ++k) {
+    const Bits all = Bits{} + (bits >> (k * Pack<R, S>::kWidth));
+    out.r[k] = (all & lane) == lane ? a.r[k] : b.r[k];
+  }
 #endif
+  return out;
 }
 
 template <class V>
@@ -187,31 +220,37 @@ INLINE double sum_lanes(D v) {
 
 INLINE F load(const float* p, All) { return from_array<F>(p); }
 INLINE D load(const double* p, All) { return from_array<D>(p); }
-INLINE void store(float* p, F v, All) { __builtin_memcpy(p, &v, sizeof v); }
-INLINE void store(double* p, D v, All) { __builtin_memcpy(p, &v, sizeof v); }
+INLINE void store(float* p, F v, All) { to_array(v, p); }
+INLINE void store(double* p, D v, All) { to_array(v, p); }
 
 INLINE F load(const BFloat* p, All) {
   F out;
   for (int k = 0; k < F::kCount; ++k) {
     HalfRegister h;
     __builtin_memcpy(&h, p + k * F::kWidth, sizeof h);
-    const WordRegister w = __builtin_convertvector(h, WordRegister) << 16;
-    __builtin_memcpy(&out.r[k], &w, sizeof w);
+    out.r[k] = (FloatRegister)(__builtin_convertvector(h, WordRegister) << 16);
   }
   return out;
 }
 
 // Round to nearest even; every NaN becomes the quiet one.
 INLINE void store(BFloat* p, F v, All) {
+  WordRegister w[F::kCount];
   for (int k = 0; k < F::kCount; ++k) {
-    WordRegister w;
-    __builtin_memcpy(&w, &v.r[k], sizeof w);
-    const WordRegister rounded = (w + 0x7fffu + (w >> 16 & 1u)) >> 16;
-    const WordRegister quiet = WordRegister{} + 0x7fc0u;
-    const HalfRegister h =
-        __builtin_convertvector((w & 0x7fffffffu) > 0x7f800000u ? quiet : rounded, HalfRegister);
+    const WordRegister bits = (WordRegister)v.r[k];
+    const WordRegister rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
+    w[k] = v.r[k] == v.r[k] ? rounded : WordRegister{} + 0x7fc0u;
+  }
+#if MODEPROBE_ISA_WIDTH == 256
+  // packus works within halves of a register.
+  const __m256i packed = _mm256_packus_epi32((__m256i)w[0], (__m256i)w[1]);
+  _mm256_storeu_si256((__m256i*)p, _mm256_permute4x64_epi64(packed, 0xd8));
+#else
+  for (int k = 0; k < F::kCount; ++k) {
+    const HalfRegister h = __builtin_convertvector(w[k], HalfRegister);
     __builtin_memcpy(p + k * F::kWidth, &h, sizeof h);
   }
+#endif
 }
 
 #if MODEPROBE_ISA_WIDTH == 512
@@ -310,9 +349,13 @@ INLINE void stream(T* p, typename LanesOf<T>::Type v, All) {
 INLINE void fence() {}
 #endif
 #if MODEPROBE_ISA_WIDTH != 512
-template <class T>
-OUTLINE void copy_first(T* to, const T* from, int n) {
-  for (int i = 0; i < n; ++i) to[i] = from[i];
+template <int kStep = kLanes, class T>
+INLINE void copy_first(T* to, const T* from, int n) {  // n <= 16
+  if constexpr (kStep > 0) {
+    const int now = n & kStep;
+    if (now) __builtin_memcpy(to, from, kStep * sizeof(T));
+    copy_first<kStep / 2>(to + now, from + now, n);
+  }
 }
 #endif
 
@@ -332,6 +375,23 @@ INLINE typename LanesOf<T>::Type load(const T* p, First f) {
     return load(buffer, All{});
   }
 #else
+#if MODEPROBE_ISA_WIDTH == 256
+  if constexpr (sizeof(T) >= 4) {
+    typename LanesOf<T>::Type out;
+    for (int k = 0; k < out.kCount; ++k) {
+      const int left = f.n - k * out.kWidth;
+      if constexpr (sizeof(T) == 4) {
+        const __m256i mask =
+            _mm256_cmpgt_epi32(_mm256_set1_epi32(left), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+        out.r[k] = (FloatRegister)_mm256_maskload_ps(p + k * out.kWidth, mask);
+      } else {
+        const __m256i mask = _mm256_cmpgt_epi64(_mm256_set1_epi64x(left), _mm256_setr_epi64x(0, 1, 2, 3));
+        out.r[k] = (DoubleRegister)_mm256_maskload_pd(p + k * out.kWidth, mask);
+      }
+    }
+    return out;
+  }
+#endif
   T buffer[kLanes] = {};
   copy_first(buffer, p, f.n);
   return load(buffer, All{});
