@@ -19,19 +19,20 @@ INLINE D normal_density(D z) {
   return map_lanes(z, [](double t) { return 0.39894228040143267794 * __builtin_exp(-0.5 * t * t); });
 }
 // exp to about 1 ulp: x = n ln 2 + r, a Taylor polynomial for exp(r), and n into the exponent.
-INLINE F exponential(F x) {
-  const F lowest = splat<F>(-87.33f), highest = splat<F>(88.3f);
+template <FloatLanes V>
+INLINE V exponential(V x) {
+  const V lowest = splat<V>(-87.33f), highest = splat<V>(88.3f);
   x = where_less(x, lowest, lowest, x);
   x = where_less(highest, x, highest, x);
-  const F magic = splat<F>(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, in the low bits
-  const F shifted = x * splat<F>(1.44269504f) + magic;
-  const F n = shifted - magic;
-  const F r = x - n * splat<F>(0.693359375f) - n * splat<F>(-2.12194440e-4f);
-  F p = splat<F>(1.0f / 5040);
+  const V magic = splat<V>(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, in the low bits
+  const V shifted = x * splat<V>(1.44269504f) + magic;
+  const V n = shifted - magic;
+  const V r = x - n * splat<V>(0.693359375f) - n * splat<V>(-2.12194440e-4f);
+  V p = splat<V>(1.0f / 5040);
   const float inverse_factorials[] = {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f};
-  for (const float c : inverse_factorials) p = p * r + splat<F>(c);
-  F power;
-  for (int k = 0; k < F::kCount; ++k) {
+  for (const float c : inverse_factorials) p = p * r + splat<V>(c);
+  V power;
+  for (int k = 0; k < V::kCount; ++k) {
     WordRegister w;
     __builtin_memcpy(&w, &shifted.r[k], sizeof w);
     w = (w + 127u) << 23;
@@ -40,17 +41,21 @@ INLINE F exponential(F x) {
   return p * power;
 }
 
-INLINE F normal_density(F z) { return splat<F>(0.39894228f) * exponential(splat<F>(-0.5f) * z * z); }
+template <FloatLanes V>
+INLINE V normal_density(V z) {
+  return splat<V>(0.39894228f) * exponential(splat<V>(-0.5f) * z * z);
+}
 
 // Abramowitz and Stegun, Handbook of Mathematical Functions (1964), 7.1.26: absolute error 1e-7.
-INLINE F normal_cdf(F z) {
-  const F zero = splat<F>(0), one = splat<F>(1);
-  const F x = where_less(z, zero, zero - z, z) * splat<F>(0.70710678f);
-  const F t = one / (one + splat<F>(0.3275911f) * x);
-  F p = splat<F>(1.061405429f);
+template <FloatLanes V>
+INLINE V normal_cdf(V z) {
+  const V zero = splat<V>(0), one = splat<V>(1);
+  const V x = where_less(z, zero, zero - z, z) * splat<V>(0.70710678f);
+  const V t = one / (one + splat<V>(0.3275911f) * x);
+  V p = splat<V>(1.061405429f);
   const float coefficients[] = {-1.453152027f, 1.421413741f, -0.284496736f, 0.254829592f, 0.0f};
-  for (const float c : coefficients) p = p * t + splat<F>(c);
-  const F tail = splat<F>(0.5f) * p * exponential(zero - x * x);
+  for (const float c : coefficients) p = p * t + splat<V>(c);
+  const V tail = splat<V>(0.5f) * p * exponential(zero - x * x);
   return where_less(z, zero, tail, one - tail);
 }
 

@@ -13,6 +13,9 @@ namespace portable {
 #include "lanes.h"
 #include "activation.h"
 #include "batch_norm_loops.h"
+#include "batch_norm_forward_loops.h"
+#include "batch_norm_backward_loops.h"
+#include "batch_norm_table.h"
 // clang-format on
 }  // namespace portable
 

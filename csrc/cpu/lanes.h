@@ -17,17 +17,26 @@ typedef double DoubleRegister __attribute__((vector_size(kRegisterBytes)));
 typedef uint32_t WordRegister __attribute__((vector_size(kRegisterBytes)));
 typedef uint16_t HalfRegister __attribute__((vector_size(kRegisterBytes / 2)));
 
-template <class R, class S>
+// In memory order, or split: register 0 holds lanes 0-3 and 8-11, register 1 lanes 4-7 and 12-15.
+template <class R, class S, bool split = false>
 struct Pack {
   using Scalar = S;
   using Register = R;
+  static constexpr bool kSplit = split;
   static constexpr int kWidth = sizeof(R) / sizeof(S);
   static constexpr int kCount = kLanes / kWidth;
   R r[kCount];
+
+  static constexpr int lane(int k, int i) { return kSplit ? i % 4 + i / 4 * 8 + k * 4 : k * kWidth + i; }
 };
 
 using F = Pack<FloatRegister, float>;
 using D = Pack<DoubleRegister, double>;
+// AVX2 unpacks sixteen bfloat16 into halves of registers, and packs them again, without crossing those.
+using SplitF = Pack<FloatRegister, float, MODEPROBE_ISA_WIDTH == 256>;
+
+template <class V>
+concept FloatLanes = sizeof(typename V::Scalar) == 4;
 
 // The lanes that a stored element type is computed in.
 template <class T>
@@ -38,19 +47,26 @@ template <>
 struct LanesOf<double> {
   using Type = D;
 };
+template <>
+struct LanesOf<BFloat> {
+  using Type = SplitF;
+};
 
-// How many of the sixteen lanes an access covers: all, known at compile time, or the first `n`.
+// What of the sixteen lanes counts: all, known at compile time; the first `n`, the others not being accessed;
+// the last `n`, the others being elements that an earlier step had.
 struct All {};
 struct First {
   int n;
 };
+struct Last {
+  int n;
+};
 
-#define MODEPROBE_LANEWISE(op)                                                \
-  template <class R, class S>                                                 \
-  INLINE Pack<R, S> operator op(Pack<R, S> a, Pack<R, S> b) {                 \
-    Pack<R, S> out;                                                           \
-    for (int k = 0; k < Pack<R, S>::kCount; ++k) out.r[k] = a.r[k] op b.r[k]; \
-    return out;                                                               \
+#define MODEPROBE_LANEWISE(op)                                                     \
+  template <class R, class S, bool split>                                          \
+  INLINE Pack<R, S, split> operator op(Pack<R, S, split> a, Pack<R, S, split> b) { \
+    for (int k = 0; k < a.kCount; ++k) a.r[k] = a.r[k] op b.r[k];                  \
+    return a;                                                                      \
   }
 MODEPROBE_LANEWISE(+)
 MODEPROBE_LANEWISE(-)
@@ -66,18 +82,17 @@ INLINE V splat(typename V::Scalar value) {
 }
 
 // z <= 0 ? a : b, so that a NaN takes b.
-template <class R, class S>
-INLINE Pack<R, S> where_not_positive(Pack<R, S> z, Pack<R, S> a, Pack<R, S> b) {
-  Pack<R, S> out;
-  for (int k = 0; k < Pack<R, S>::kCount; ++k) out.r[k] = z.r[k] <= R{} ? a.r[k] : b.r[k];
-  return out;
+template <class V>
+INLINE V where_not_positive(V z, V a, V b) {
+  using R = typename V::Register;
+  for (int k = 0; k < V::kCount; ++k) z.r[k] = z.r[k] <= R{} ? a.r[k] : b.r[k];
+  return z;
 }
 
-template <class R, class S>
-INLINE Pack<R, S> where_less(Pack<R, S> x, Pack<R, S> y, Pack<R, S> a, Pack<R, S> b) {
-  Pack<R, S> out;
-  for (int k = 0; k < Pack<R, S>::kCount; ++k) out.r[k] = x.r[k] < y.r[k] ? a.r[k] : b.r[k];
-  return out;
+template <class V>
+INLINE V where_less(V x, V y, V a, V b) {
+  for (int k = 0; k < V::kCount; ++k) x.r[k] = x.r[k] < y.r[k] ? a.r[k] : b.r[k];
+  return x;
 }
 
 // One register at a time: a memcpy of the whole pack goes through the stack.
@@ -102,78 +117,92 @@ INLINE V from_array(const typename V::Scalar* in) {
 
 // ---- Bits, one per lane ----
 
-// Integers as wide as a lane, and in each the bit of its lane.
+#if MODEPROBE_ISA_WIDTH != 512
+// Integers as wide as a lane.
 template <class S>
-struct BitsOf {
-  using Type = WordRegister;
+struct WordOf {
+  using Type = uint32_t;
 };
 template <>
-struct BitsOf<double> {
-  typedef uint64_t Type __attribute__((vector_size(kRegisterBytes)));
+struct WordOf<double> {
+  using Type = uint64_t;
 };
 
-#if MODEPROBE_ISA_WIDTH != 512
-template <class R, class S>
-INLINE typename BitsOf<S>::Type lane_bits() {
-  typename BitsOf<S>::Type out;
-  for (int i = 0; i < Pack<R, S>::kWidth; ++i) out[i] = 1u << i;
-  return out;
-}
+// The bit of each lane, in the order of the registers.
+template <class V>
+struct LaneBits {
+  typename WordOf<typename V::Scalar>::Type bit[kLanes];
+  constexpr LaneBits() : bit() {
+    for (int k = 0; k < V::kCount; ++k)
+      for (int i = 0; i < V::kWidth; ++i) bit[k * V::kWidth + i] = 1u << V::lane(k, i);
+  }
+};
+template <class V>
+constexpr LaneBits<V> kLaneBits;
 #endif
 
-template <class R, class S>
-INLINE uint32_t positive_bits(Pack<R, S> z) {  // !(z <= 0)
+// A bit for each element of a register, in its order.
 #if MODEPROBE_ISA_WIDTH == 512
-  if constexpr (sizeof(S) == 4) {
-    return _mm512_cmp_ps_mask((__m512)z.r[0], _mm512_setzero_ps(), _CMP_NLE_UQ);
-  } else {
-    return _mm512_cmp_pd_mask((__m512d)z.r[0], _mm512_setzero_pd(), _CMP_NLE_UQ) |
-           uint32_t(_mm512_cmp_pd_mask((__m512d)z.r[1], _mm512_setzero_pd(), _CMP_NLE_UQ)) << 8;
-  }
-#else
-  uint32_t bits = 0;
-  for (int k = 0; k < Pack<R, S>::kCount; ++k) {
-    uint32_t part = 0;
-#if MODEPROBE_ISA_WIDTH == 256
-    if constexpr (sizeof(S) == 4) {
-      part = _mm256_movemask_ps(_mm256_cmp_ps((__m256)z.r[k], _mm256_setzero_ps(), _CMP_NLE_UQ));
-    } else {
-      part = _mm256_movemask_pd(_mm256_cmp_pd((__m256d)z.r[k], _mm256_setzero_pd(), _CMP_NLE_UQ));
-    }
+INLINE uint32_t positive_elements(FloatRegister z) {
+  return _mm512_cmp_ps_mask((__m512)z, _mm512_setzero_ps(), _CMP_NLE_UQ);
+}
+INLINE uint32_t positive_elements(DoubleRegister z) {
+  return _mm512_cmp_pd_mask((__m512d)z, _mm512_setzero_pd(), _CMP_NLE_UQ);
+}
+#elif MODEPROBE_ISA_WIDTH == 256
+INLINE uint32_t positive_elements(FloatRegister z) {
+  return _mm256_movemask_ps(_mm256_cmp_ps((__m256)z, _mm256_setzero_ps(), _CMP_NLE_UQ));
+}
+INLINE uint32_t positive_elements(DoubleRegister z) {
+  return _mm256_movemask_pd(_mm256_cmp_pd((__m256d)z, _mm256_setzero_pd(), _CMP_NLE_UQ));
+}
 #elif defined(__SSE2__)
-    if constexpr (sizeof(S) == 4) {
-      part = _mm_movemask_ps(_mm_cmpnle_ps((__m128)z.r[k], _mm_setzero_ps()));
-    } else {
-      part = _mm_movemask_pd(_mm_cmpnle_pd((__m128d)z.r[k], _mm_setzero_pd()));
-    }
+INLINE uint32_t positive_elements(FloatRegister z) {
+  return _mm_movemask_ps(_mm_cmpnle_ps((__m128)z, _mm_setzero_ps()));
+}
+INLINE uint32_t positive_elements(DoubleRegister z) {
+  return _mm_movemask_pd(_mm_cmpnle_pd((__m128d)z, _mm_setzero_pd()));
+}
 #else
-    for (int i = 0; i < Pack<R, S>::kWidth; ++i) part |= uint32_t(!(z.r[k][i] <= 0)) << i;
-#endif
-    bits |= part << (k * Pack<R, S>::kWidth);
-  }
+template <class R>
+INLINE uint32_t positive_elements(R z) {
+  uint32_t bits = 0;
+  for (unsigned i = 0; i < sizeof(R) / sizeof(z[0]); ++i) bits |= uint32_t(!(z[i] <= 0)) << i;
   return bits;
+}
 #endif
+
+template <class V>
+INLINE uint32_t positive_bits(V z) {  // !(z <= 0)
+  if constexpr (V::kSplit) {
+    const uint32_t even = positive_elements(z.r[0]), odd = positive_elements(z.r[1]);
+    return (even & 0xf) | (odd & 0xf) << 4 | (even & 0xf0) << 4 | (odd & 0xf0) << 8;
+  } else {
+    uint32_t bits = 0;
+    for (int k = 0; k < V::kCount; ++k) bits |= positive_elements(z.r[k]) << (k * V::kWidth);
+    return bits;
+  }
 }
 
-template <class R, class S>
-INLINE Pack<R, S> where_bits(uint32_t bits, Pack<R, S> a, Pack<R, S> b) {
-  Pack<R, S> out;
+template <class V>
+INLINE V where_bits(uint32_t bits, V a, V b) {
+  for (int k = 0; k < V::kCount; ++k) {
 #if MODEPROBE_ISA_WIDTH == 512
-  if constexpr (sizeof(S) == 4) {
-    out.r[0] = (R)_mm512_mask_blend_ps(__mmask16(bits), (__m512)b.r[0], (__m512)a.r[0]);
-  } else {
-    out.r[0] = (R)_mm512_mask_blend_pd(__mmask8(bits), (__m512d)b.r[0], (__m512d)a.r[0]);
-    out.r[1] = (R)_mm512_mask_blend_pd(__mmask8(bits >> 8), (__m512d)b.r[1], (__m512d)a.r[1]);
-  }
+    if constexpr (sizeof(typename V::Scalar) == 4) {
+      a.r[k] = (typename V::Register)_mm512_mask_blend_ps(__mmask16(bits), (__m512)b.r[k], (__m512)a.r[k]);
+    } else {
+      a.r[k] = (typename V::Register)_mm512_mask_blend_pd(__mmask8(bits >> (8 * k)), (__m512d)b.r[k],
+                                                          (__m512d)a.r[k]);
+    }
 #else
-  using Bits = typename BitsOf<S>::Type;
-  const Bits lane = lane_bits<R, S>();
-  for (int k = 0; k < Pack<R, S>::kCount; ++k) {
-    const Bits all = Bits{} + (bits >> (k * Pack<R, S>::kWidth));
-    out.r[k] = (all & lane) == lane ? a.r[k] : b.r[k];
-  }
+    using Word = typename WordOf<typename V::Scalar>::Type;
+    typedef Word Words __attribute__((vector_size(kRegisterBytes)));
+    Words lane;
+    __builtin_memcpy(&lane, kLaneBits<V>.bit + k * V::kWidth, sizeof lane);
+    a.r[k] = ((Words{} + Word(bits)) & lane) == lane ? a.r[k] : b.r[k];
 #endif
-  return out;
+  }
+  return a;
 }
 
 template <class V>
@@ -184,34 +213,44 @@ template <class V>
 INLINE V keep_lanes(V v, First f) {
   return where_bits((1u << f.n) - 1, v, splat<V>(0));
 }
+template <class V>
+INLINE V keep_lanes(V v, Last l) {
+  return where_bits(0xffffu << (kLanes - l.n), v, splat<V>(0));
+}
 
-// ---- Widening to double, for sums ----
+// ---- Widening to double, for sums; in memory order ----
 
 INLINE D widen(D v) { return v; }
-INLINE D widen(F v) {
+template <FloatLanes V>
+INLINE D widen(V v) {
   D out;
 #if MODEPROBE_ISA_WIDTH == 512
   out.r[0] = (DoubleRegister)_mm512_cvtps_pd(_mm512_castps512_ps256((__m512)v.r[0]));
   out.r[1] = (DoubleRegister)_mm512_cvtps_pd(_mm512_extractf32x8_ps((__m512)v.r[0], 1));
 #elif MODEPROBE_ISA_WIDTH == 256
   for (int k = 0; k < 2; ++k) {
-    out.r[2 * k] = (DoubleRegister)_mm256_cvtps_pd(_mm256_castps256_ps128((__m256)v.r[k]));
-    out.r[2 * k + 1] = (DoubleRegister)_mm256_cvtps_pd(_mm256_extractf128_ps((__m256)v.r[k], 1));
+    const int low = V::kSplit ? k : 2 * k, high = V::kSplit ? k + 2 : 2 * k + 1;
+    out.r[low] = (DoubleRegister)_mm256_cvtps_pd(_mm256_castps256_ps128((__m256)v.r[k]));
+    out.r[high] = (DoubleRegister)_mm256_cvtps_pd(_mm256_extractf128_ps((__m256)v.r[k], 1));
   }
 #else
-  float lane[kLanes];
-  double wide[kLanes];
-  to_array(v, lane);
-  for (int i = 0; i < kLanes; ++i) wide[i] = lane[i];
-  out = from_array<D>(wide);
+  typedef float HalfOfFloats __attribute__((vector_size(kRegisterBytes / 2)));
+  for (int k = 0; k < V::kCount; ++k) {
+    HalfOfFloats half[2];
+    __builtin_memcpy(half, &v.r[k], sizeof half);
+    for (int i = 0; i < 2; ++i) out.r[2 * k + i] = __builtin_convertvector(half[i], DoubleRegister);
+  }
 #endif
   return out;
 }
 
+// Lane i meets lane i + 8, then i + 4, and so on: the same sum on every width of registers.
 INLINE double sum_lanes(D v) {
-  double lane[kLanes];
-  to_array(v, lane);
-  for (int half = kLanes / 2; half > 0; half /= 2)
+  for (int half = D::kCount / 2; half > 0; half /= 2)
+    for (int k = 0; k < half; ++k) v.r[k] = v.r[k] + v.r[k + half];
+  double lane[D::kWidth];
+  __builtin_memcpy(lane, &v.r[0], sizeof lane);
+  for (int half = D::kWidth / 2; half > 0; half /= 2)
     for (int i = 0; i < half; ++i) lane[i] += lane[i + half];
   return lane[0];
 }
@@ -223,30 +262,48 @@ INLINE D load(const double* p, All) { return from_array<D>(p); }
 INLINE void store(float* p, F v, All) { to_array(v, p); }
 INLINE void store(double* p, D v, All) { to_array(v, p); }
 
-INLINE F load(const BFloat* p, All) {
-  F out;
+// Per-channel operands, in the order of the lanes that they meet.
+template <class V>
+INLINE V operand(const typename V::Scalar* p) {
+#if MODEPROBE_ISA_WIDTH == 256
+  if constexpr (V::kSplit)
+    return {(FloatRegister)_mm256_loadu2_m128(p + 8, p), (FloatRegister)_mm256_loadu2_m128(p + 12, p + 4)};
+#endif
+  return from_array<V>(p);
+}
+
+INLINE SplitF load(const BFloat* p, All) {
+#if MODEPROBE_ISA_WIDTH == 256
+  const __m256i words = _mm256_loadu_si256((const __m256i*)p), zero = _mm256_setzero_si256();
+  return {(FloatRegister)_mm256_unpacklo_epi16(zero, words),
+          (FloatRegister)_mm256_unpackhi_epi16(zero, words)};
+#else
+  SplitF out;
   for (int k = 0; k < F::kCount; ++k) {
     HalfRegister h;
     __builtin_memcpy(&h, p + k * F::kWidth, sizeof h);
     out.r[k] = (FloatRegister)(__builtin_convertvector(h, WordRegister) << 16);
   }
   return out;
+#endif
 }
 
 // Round to nearest even; every NaN becomes the quiet one.
-INLINE void store(BFloat* p, F v, All) {
+INLINE void store(BFloat* p, SplitF v, All) {
   WordRegister w[F::kCount];
   for (int k = 0; k < F::kCount; ++k) {
     const WordRegister bits = (WordRegister)v.r[k];
-    const WordRegister rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
-    w[k] = v.r[k] == v.r[k] ? rounded : WordRegister{} + 0x7fc0u;
+    w[k] = (bits + (bits >> 16 & 1u) + 0x7fffu) >> 16;
   }
 #if MODEPROBE_ISA_WIDTH == 256
-  // packus works within halves of a register.
-  const __m256i packed = _mm256_packus_epi32((__m256i)w[0], (__m256i)w[1]);
-  _mm256_storeu_si256((__m256i*)p, _mm256_permute4x64_epi64(packed, 0xd8));
+  // One comparison tells whether either of two lanes is NaN.
+  const __m256 nan = _mm256_cmp_ps((__m256)v.r[0], (__m256)v.r[1], _CMP_UNORD_Q);
+  if (__builtin_expect(!_mm256_testz_ps(nan, nan), 0))
+    for (int k = 0; k < F::kCount; ++k) w[k] = v.r[k] == v.r[k] ? w[k] : WordRegister{} + 0x7fc0u;
+  _mm256_storeu_si256((__m256i*)p, _mm256_packus_epi32((__m256i)w[0], (__m256i)w[1]));
 #else
   for (int k = 0; k < F::kCount; ++k) {
+    w[k] = v.r[k] == v.r[k] ? w[k] : WordRegister{} + 0x7fc0u;
     const HalfRegister h = __builtin_convertvector(w[k], HalfRegister);
     __builtin_memcpy(p + k * F::kWidth, &h, sizeof h);
   }
@@ -422,4 +479,17 @@ INLINE void store(T* p, typename LanesOf<T>::Type v, First f) {
 template <class T>
 INLINE void stream(T* p, typename LanesOf<T>::Type v, First f) {
   store(p, v, f);
+}
+
+template <class T>
+INLINE typename LanesOf<T>::Type load(const T* p, Last) {
+  return load(p, All{});
+}
+template <class T>
+INLINE void store(T* p, typename LanesOf<T>::Type v, Last) {
+  store(p, v, All{});
+}
+template <class T>
+INLINE void stream(T* p, typename LanesOf<T>::Type v, Last) {
+  store(p, v, All{});
 }
