@@ -3,6 +3,7 @@
 
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
+#include <cstring>
 #include <limits>
 
 #include "dropout_kernels.h"
@@ -46,11 +47,11 @@ inline void store(c10::BFloat16* p, __m512 value) {
   store(static_cast<void*>(p), _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
 }
 
-inline __m512 select(uint64_t kept, __m512 value, __m512 fill) {
-  return _mm512_mask_mov_ps(fill, static_cast<__mmask16>(kept), value);
+inline __m512 select(uint64_t kept, int j, __m512 value, __m512 fill) {
+  return _mm512_mask_mov_ps(fill, static_cast<__mmask16>(kept >> j), value);
 }
-inline __m512d select(uint64_t kept, __m512d value, __m512d fill) {
-  return _mm512_mask_mov_pd(fill, static_cast<__mmask8>(kept), value);
+inline __m512d select(uint64_t kept, int j, __m512d value, __m512d fill) {
+  return _mm512_mask_mov_pd(fill, static_cast<__mmask8>(kept >> j), value);
 }
 
 inline __m512 maximum(__m512 a, __m512 b) { return _mm512_max_ps(a, b); }

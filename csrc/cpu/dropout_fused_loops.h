@@ -4,12 +4,16 @@ namespace {
 
 inline bool bit(const uint64_t* bits, int64_t j) { return bits[j >> 6] >> (j & 63) & 1; }
 
-// Calls vector(j, lanes' bits) for whole vectors in [0, n) and scalar(j, bit) for the rest.
+// Calls vector(j, word, k), lane l decided by bit k + l of word, for whole vectors in [0, n) and scalar(j,
+// bit) for the rest.
 template <int kWidth, class Vector, class Scalar>
 inline void with_bits(int64_t n, const uint64_t* bits, Vector vector, Scalar scalar) {
   int64_t j = 0;
   if constexpr (kWidth > 1) {
-    for (; j + kWidth <= n; j += kWidth) vector(j, bits[j >> 6] >> (j & 63));
+    for (; j + 64 <= n; j += 64) {
+      for (int k = 0; k < 64; k += kWidth) vector(j + k, bits[j >> 6], k);
+    }
+    for (; j + kWidth <= n; j += kWidth) vector(j, bits[j >> 6] >> (j & 63), 0);
   }
   for (; j < n; ++j) scalar(j, bit(bits, j));
 }
@@ -25,10 +29,10 @@ void bias_add(const void* x_, const void* bias_, const void* residual_, void* y_
   const auto scales = broadcast(scale), zero = broadcast(Acc(0));
   with_bits<lanes(Acc{})>(
       n, bits,
-      [&](int64_t j, uint64_t kept) {
+      [&](int64_t j, uint64_t kept, int k) {
         auto value = load(x + j);
         if (bias) value = value + load(bias + j);
-        store(y + j, select(kept, value * scales, zero) + load(residual + j));
+        store(y + j, select(kept, k, value * scales, zero) + load(residual + j));
       },
       [&](int64_t j, bool kept) {
         const Acc value = bias ? Acc(x[j]) + bias[j] : Acc(x[j]);
@@ -46,8 +50,8 @@ void bias_sum(const void* dy_, void* dx_, void* sums_, int64_t n, const uint64_t
   const auto scales = broadcast(scale), zero = broadcast(Acc(0));
   with_bits<lanes(Acc{})>(
       n, bits,
-      [&](int64_t j, uint64_t kept) {
-        const auto value = select(kept, load(dy + j) * scales, zero);
+      [&](int64_t j, uint64_t kept, int k) {
+        const auto value = select(kept, k, load(dy + j) * scales, zero);
         store(dx + j, value);
         store(sums + j, load(sums + j) + value);
       },
@@ -136,10 +140,10 @@ void softmax_drop(const void* buffer, double factor_, void* probabilities_, void
   const auto factors = broadcast(factor), scales = broadcast(scale), zero = broadcast(Acc(0));
   with_bits<lanes(Acc{})>(
       n, bits,
-      [&](int64_t j, uint64_t kept) {
+      [&](int64_t j, uint64_t kept, int k) {
         const auto value = load(row + j) * factors;
         if (probabilities) store(probabilities + j, value);
-        store(out + j, select(kept, value * scales, zero));
+        store(out + j, select(kept, k, value * scales, zero));
       },
       [&](int64_t j, bool kept) {
         const Acc value = row[j] * factor;
@@ -161,8 +165,8 @@ double softmax_dot(const void* dy_, const void* probabilities_, int64_t n, const
   double dot = 0;
   with_bits<width>(
       n, bits,
-      [&](int64_t j, uint64_t kept) {
-        const auto value = select(kept, load(dy + j) * scales, zero);
+      [&](int64_t j, uint64_t kept, int k) {
+        const auto value = select(kept, k, load(dy + j) * scales, zero);
         store(row + j, value);
         dots = dots + value * load(probabilities + j);
       },

@@ -14,19 +14,13 @@ struct Traits<double> {
   using Acc = double;
 };
 
-template <class T, bool kShift>
-void apply_words(const T* x, T* y, int64_t words, const uint64_t* bits, Affine affine) {
-  using Acc = typename Traits<T>::Acc;
-  constexpr int width = lanes(Acc{});
-  const auto scale = broadcast(Acc(affine.scale)), shift = broadcast(Acc(affine.shift)),
-             fill = broadcast(Acc(affine.fill));
-  for (int64_t w = 0; w < words; ++w) {
-    const uint64_t kept = bits[w];
-    for (int j = 0; j < 64; j += width) {
-      auto value = load(x + 64 * w + j) * scale;
-      if constexpr (kShift) value = value + shift;
-      store(y + 64 * w + j, select(kept >> j, value, fill));
-    }
+// 64 elements. An instruction set may have a better one for a T.
+template <bool kShift, class T, class Vector>
+inline void apply_word(const T* x, T* y, uint64_t kept, Vector scale, Vector shift, Vector fill) {
+  for (int j = 0; j < 64; j += lanes(typename Traits<T>::Acc{})) {
+    auto value = load(x + j) * scale;
+    if constexpr (kShift) value = value + shift;
+    store(y + j, select(kept, j, value, fill));
   }
 }
 
@@ -36,8 +30,11 @@ void apply(const void* from, void* to, int64_t n, const uint64_t* bits, Affine a
   const T* x = static_cast<const T*>(from);
   T* y = static_cast<T*>(to);
   const int64_t words = n / 64;
-  apply_words<T, kShift>(x, y, words, bits, affine);
-  const Acc scale = Acc(affine.scale), shift = Acc(affine.shift), fill = Acc(affine.fill);
+  const Acc scale = Acc(affine.scale), shift = Acc(affine.shift), fill = kShift ? Acc(affine.fill) : Acc(0);
+  const auto scales = broadcast(scale), shifts = broadcast(shift), fills = broadcast(fill);
+  for (int64_t w = 0; w < words; ++w) {
+    apply_word<kShift>(x + 64 * w, y + 64 * w, bits[w], scales, shifts, fills);
+  }
   for (int64_t j = 64 * words; j < n; ++j) {
     const bool kept = bits[j >> 6] >> (j & 63) & 1;
     Acc value = Acc(x[j]) * scale;
@@ -57,7 +54,15 @@ void apply_affine(const void* x, void* y, int64_t n, const uint64_t* bits, Affin
 }
 
 void expand(const uint64_t* bits, int64_t n, uint8_t* out) {
-  for (int64_t j = 0; j < n; ++j) out[j] = bits[j >> 6] >> (j & 63) & 1;
+  constexpr uint64_t ones = 0x0101010101010101u;
+  int64_t j = 0;
+  for (; j + 8 <= n; j += 8) {
+    // Byte k gets bit k; adding 127 brings it to the top, whichever it is.
+    const uint64_t each = (bits[j >> 6] >> (j & 63) & 0xff) * ones & 0x8040201008040201u;
+    const uint64_t bytes = (each + 127 * ones) >> 7 & ones;
+    std::memcpy(out + j, &bytes, 8);
+  }
+  for (; j < n; ++j) out[j] = bits[j >> 6] >> (j & 63) & 1;
 }
 
 }  // namespace

@@ -2,6 +2,7 @@
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 #include <cmath>
+#include <cstring>
 #include <limits>
 
 #include "capability.h"
@@ -24,8 +25,8 @@ inline void store(T* p, Acc value) {
   *p = static_cast<T>(value);
 }
 template <class Acc>
-inline Acc select(uint64_t kept, Acc value, Acc fill) {
-  return kept & 1 ? value : fill;
+inline Acc select(uint64_t kept, int j, Acc value, Acc fill) {
+  return kept >> j & 1 ? value : fill;
 }
 
 template <class Acc>
