@@ -43,7 +43,7 @@ Tensor dropout(const Tensor& input, const Tensor& key, double p, int64_t offset,
                const std::optional<Tensor>& p_tensor) {
   check_data(input, "dropout", "input");
   const Tensor x = is_dense(input) ? input : torch::stable::contiguous(input);
-  Tensor y = torch::stable::empty_like(x);
+  Tensor y = empty_output(x);
   run(x, y, key, p, offset, scaled, p_tensor, "dropout");
   return y;
 }

@@ -55,6 +55,16 @@ inline void store(c10::BFloat16* p, __m256 value) {
         _mm_packus_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1)));
 }
 
+// Past the caches; p is aligned to the vector.
+inline void store_past(float* p, __m256 value) { _mm256_stream_ps(p, value); }
+inline void store_past(double* p, __m256d value) { _mm256_stream_pd(p, value); }
+template <class Half>
+inline void store_past(Half* p, __m256 value) {
+  alignas(__m128i) Half half[8];
+  store(half, value);
+  _mm_stream_si128(reinterpret_cast<__m128i*>(p), *reinterpret_cast<const __m128i*>(half));
+}
+
 // Bits j, j + 1, ... of `kept`. With j known, vectors that share a half of `kept` share its broadcast.
 inline __m256 select(uint64_t kept, int j, __m256 value, __m256 fill) {
   const int at = j & 31;

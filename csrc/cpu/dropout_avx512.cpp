@@ -47,6 +47,16 @@ inline void store(c10::BFloat16* p, __m512 value) {
   store(static_cast<void*>(p), _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
 }
 
+// Past the caches; p is aligned to the vector.
+inline void store_past(float* p, __m512 value) { _mm512_stream_ps(p, value); }
+inline void store_past(double* p, __m512d value) { _mm512_stream_pd(p, value); }
+template <class Half>
+inline void store_past(Half* p, __m512 value) {
+  alignas(__m256i) Half half[16];
+  store(half, value);
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), *reinterpret_cast<const __m256i*>(half));
+}
+
 inline __m512 select(uint64_t kept, int j, __m512 value, __m512 fill) {
   return _mm512_mask_mov_ps(fill, static_cast<__mmask16>(kept >> j), value);
 }

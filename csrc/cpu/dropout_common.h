@@ -10,6 +10,7 @@
 #include <optional>
 
 #include "dropout_kernels.h"
+#include "memory.h"
 
 namespace modeprobe::cpu {
 

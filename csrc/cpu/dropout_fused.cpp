@@ -59,7 +59,7 @@ Tensor bias_dropout_add(const Tensor& input, const std::optional<Tensor>& bias, 
   const Key k = read_key(key, who);
   p = read_p(p, p_tensor, who);
   const Tensor x = as_contiguous(input), r = as_contiguous(residual);
-  Tensor y = torch::stable::empty_like(x);
+  Tensor y = empty_output(x);
   if (x.numel() == 0) return y;
   std::vector<char> repeated;
   int64_t channels = 1;
@@ -105,7 +105,7 @@ std::tuple<Tensor, Tensor> bias_dropout_add_backward(const Tensor& grad_output, 
   const Tensor dy = as_contiguous(grad_output);
   const int64_t numel = dy.numel(), channels = dy.size(-1), size = int64_t(dy.element_size()),
                 acc = acc_size(dy);
-  Tensor dx = torch::stable::empty_like(dy), grad_bias = torch::stable::new_empty(dy, {channels});
+  Tensor dx = empty_output(dy), grad_bias = torch::stable::new_empty(dy, {channels});
   if (numel == 0) {
     torch::stable::zero_(grad_bias);
     return {dx, grad_bias};
@@ -228,8 +228,8 @@ std::tuple<Tensor, Tensor> softmax_dropout(const Tensor& scores, const std::opti
   p = read_p(p, p_tensor, who);
   const MaskRows masks(scores, mask);
   const Tensor x = as_contiguous(scores);
-  Tensor y = torch::stable::empty_like(x);
-  Tensor probabilities = save ? torch::stable::empty_like(x) : torch::stable::new_empty(x, {0});
+  Tensor y = empty_output(x);
+  Tensor probabilities = save ? empty_output(x) : torch::stable::new_empty(x, {0});
   if (x.numel() == 0) return {y, probabilities};
   const auto& kernels = dropout_kernels();
   const auto row_kernel = kernels.softmax_row[dtype_of(x)];
@@ -262,7 +262,7 @@ Tensor softmax_dropout_backward(const Tensor& grad_output, const Tensor& probabi
   const Key k = read_key(key, who);
   p = read_p(p, p_tensor, who);
   const Tensor dy = as_contiguous(grad_output), saved = as_contiguous(probabilities);
-  Tensor dx = torch::stable::empty_like(dy);
+  Tensor dx = empty_output(dy);
   if (dy.numel() == 0) return dx;
   const auto& kernels = dropout_kernels();
   const auto dot_kernel = kernels.softmax_dot[dtype_of(dy)];

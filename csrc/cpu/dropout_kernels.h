@@ -33,6 +33,11 @@ struct DropoutKernels {
   Apply scale[kDtypes];
   Apply affine[kDtypes];
 
+  // y = scale * x, and y = 0 for a null x: past the caches, without reading what it overwrites. Wants drain()
+  // before another thread reads.
+  using Stream = void (*)(const void* x, void* y, int64_t n, double scale);
+  Stream stream[kDtypes];
+
   // out[j] = bit j, as bool.
   void (*expand)(const uint64_t* bits, int64_t n, uint8_t* out);
 

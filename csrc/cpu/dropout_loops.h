@@ -1,7 +1,7 @@
 // The loops of every instruction set, written once on its vectors; included by
-// dropout_{avx512,avx2,portable}.cpp inside their target region, after load(), store(), broadcast() and
-// select(). All of it has internal linkage: a function that may hold AVX-512 code must never be the copy that
-// the linker keeps for another file.
+// dropout_{avx512,avx2,portable}.cpp inside their target region, after load(), store(), store_past(),
+// broadcast() and select(). All of it has internal linkage: a function that may hold AVX-512 code must never
+// be the copy that the linker keeps for another file.
 
 namespace {
 
@@ -53,6 +53,26 @@ void apply_affine(const void* x, void* y, int64_t n, const uint64_t* bits, Affin
   apply<T, true>(x, y, n, bits, affine);
 }
 
+template <class T>
+void stream(const void* from, void* to, int64_t n, double factor) {
+  using Acc = typename Traits<T>::Acc;
+  constexpr int width = lanes(Acc{});
+  constexpr int64_t ahead = 512;  // bytes; a hint that does not fill the outer caches
+  const T* x = static_cast<const T*>(from);
+  T* y = static_cast<T*>(to);
+  const Acc scale = Acc(factor);
+  const auto scales = broadcast(scale), zero = broadcast(Acc(0));
+  const auto one = [&](int64_t j) { y[j] = x ? T(Acc(x[j]) * scale) : T(0.0f); };
+  int64_t j = 0;
+  for (; j < n && reinterpret_cast<uintptr_t>(y + j) % 64 != 0; ++j) one(j);
+  constexpr int64_t line = 64 / sizeof(T);
+  for (; j + line <= n; j += line) {
+    if (x) __builtin_prefetch(reinterpret_cast<const char*>(x + j) + ahead, 0, 0);
+    for (int k = 0; k < line; k += width) store_past(y + j + k, x ? load(x + j + k) * scales : zero);
+  }
+  for (; j < n; ++j) one(j);
+}
+
 void expand(const uint64_t* bits, int64_t n, uint8_t* out) {
   constexpr uint64_t ones = 0x0101010101010101u;
   int64_t j = 0;
@@ -74,6 +94,7 @@ void expand(const uint64_t* bits, int64_t n, uint8_t* out) {
   {draw,                               \
    MODEPROBE_EACH_DTYPE(apply_scale),  \
    MODEPROBE_EACH_DTYPE(apply_affine), \
+   MODEPROBE_EACH_DTYPE(stream),       \
    expand,                             \
    MODEPROBE_EACH_DTYPE(bias_add),     \
    MODEPROBE_EACH_DTYPE(bias_sum),     \

@@ -24,6 +24,10 @@ template <class T, class Acc>
 inline void store(T* p, Acc value) {
   *p = static_cast<T>(value);
 }
+template <class T, class Acc>
+inline void store_past(T* p, Acc value) {
+  store(p, value);
+}
 template <class Acc>
 inline Acc select(uint64_t kept, int j, Acc value, Acc fill) {
   return kept >> j & 1 ? value : fill;

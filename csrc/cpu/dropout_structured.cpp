@@ -68,7 +68,8 @@ struct Job {
   Affine affine;
   const char* x;
   char* y;
-  int64_t size;  // of an element
+  int64_t size;                   // of an element
+  DropoutKernels::Stream stream;  // null where it does not pay, or the operation is more than a product
 
   void operator()(int64_t begin, int64_t n, const uint64_t* bits) const {
     apply(x + begin * size, y + begin * size, n, bits, affine);
@@ -80,6 +81,10 @@ void run_row(const Job& job, const uint64_t* mask, int64_t base, int64_t step, i
   uint64_t bits[kTileWords + 1];
   if (step == 0) {
     const bool kept = mask[base >> 6] >> (base & 63) & 1;
+    if (job.stream) {
+      job.stream(kept ? job.x + begin * job.size : nullptr, job.y + begin * job.size, n, job.affine.scale);
+      return;
+    }
     if (!kept && job.affine.fill == 0.0) {
       std::memset(job.y + begin * job.size, 0, size_t(n * job.size));
       return;
@@ -116,6 +121,7 @@ void run_structured(const Job& job, Key key, double p, uint64_t first, const Wal
       for (size_t d = outer; d-- > 0; rest /= walk.size[d]) base += rest % walk.size[d] * walk.step[d];
       run_row(job, mask.data(), base, step, row * inner, inner);
     }
+    if (job.stream) drain();
   };
   const int64_t grain = std::max<int64_t>(1, 4 * kTile / std::max<int64_t>(1, inner));
   if (rows <= grain) {
@@ -128,8 +134,13 @@ void run_structured(const Job& job, Key key, double p, uint64_t first, const Wal
 Job job_for(const Tensor& x, const Tensor& y, bool shifted, Affine affine) {
   const auto& kernels = dropout_kernels();
   const int64_t size = int64_t(x.element_size());
-  return {(shifted ? kernels.affine : kernels.scale)[dtype_of(x)], affine,
-          static_cast<const char*>(x.const_data_ptr()), static_cast<char*>(y.mutable_data_ptr()), size};
+  const Dtype dtype = dtype_of(x);
+  return {(shifted ? kernels.affine : kernels.scale)[dtype],
+          affine,
+          static_cast<const char*>(x.const_data_ptr()),
+          static_cast<char*>(y.mutable_data_ptr()),
+          size,
+          !shifted && leaves_caches(y) ? kernels.stream[dtype] : nullptr};
 }
 
 Tensor structured_dropout(const Tensor& input, const Tensor& key, double p, std::vector<int64_t> shared_dims,
@@ -139,7 +150,7 @@ Tensor structured_dropout(const Tensor& input, const Tensor& key, double p, std:
   p = read_p(p, p_tensor, "structured_dropout");
   const Tensor x = is_dense(input) ? input : torch::stable::contiguous(input);
   const Walk walk = plan(x, shared_dims, "structured_dropout");
-  Tensor y = torch::stable::empty_like(x);
+  Tensor y = empty_output(x);
   if (x.numel() == 0) return y;
   const Job job = job_for(x, y, false, {scaled ? keep_scale<double>(p) : 1.0, 0.0, 0.0});
   run_structured(job, k, p, uint64_t(offset), walk);
@@ -162,7 +173,7 @@ Tensor alpha_dropout(const Tensor& input, const Tensor& key, double p, std::vect
   p = read_p(p, p_tensor, "alpha_dropout");
   const Tensor x = is_dense(input) ? input : torch::stable::contiguous(input);
   const Walk walk = plan(x, shared_dims, "alpha_dropout");
-  Tensor y = torch::stable::empty_like(x);
+  Tensor y = empty_output(x);
   if (x.numel() == 0) return y;
   const Job job = job_for(x, y, !linear, alpha_affine(p, linear));
   if (shared_dims.empty()) {

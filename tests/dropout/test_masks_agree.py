@@ -122,6 +122,22 @@ def test_structured_masks_of_long_rows(shape):
             assert torch.equal(y, torch.where(kept, x * mask.keep_scale(0.4, x.dtype), 0))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_structured_masks_of_tensors_larger_than_caches(dtype):
+    """From 16 MB on, rows are written past the caches: rows that begin and end anywhere in a line, NaN in them."""
+    rows, length = 129, (1 << 24) // torch.finfo(dtype).bits * 8 // 128 + 3
+    x, key = torch.ones(rows, length, dtype=dtype), mask.key(6)
+    x += torch.arange(length) % 7
+    x[:, 5] = torch.nan
+    assert x.nbytes >= 1 << 24
+    kept = mask.keep_mask((rows, 1), 0.4, key, 5)
+    y = F.dropout(x, 0.4, key=key, offset=5, mask_shape=(rows, 1))
+    acc = torch.float64 if dtype == torch.float64 else torch.float32
+    expected = torch.where(kept, (x.to(acc) * mask.keep_scale(0.4, dtype)).to(dtype), 0)
+    assert torch.equal(y.isnan(), expected.isnan())
+    assert torch.equal(y.nan_to_num(), expected.nan_to_num())
+
+
 def test_shards_get_their_slice():
     key, whole = mask.key(3, 1), torch.randn(1001)
     y = F.dropout(whole, 0.25, key=key)
