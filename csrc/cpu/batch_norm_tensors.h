@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "batch_norm_schedule.h"
+#include "memory.h"
 
 namespace modeprobe::cpu {
 
@@ -46,7 +47,11 @@ Geometry geometry_of(const Tensor& input);
 // `tensor` in that layout: itself, or a copy.
 Tensor in_layout(const Tensor& tensor, const Geometry& g, const char* name);
 
-inline Tensor empty_as(const Geometry& g, ScalarType type) { return empty_strided(g.sizes, g.strides, type); }
+inline Tensor empty_as(const Geometry& g, ScalarType type) {
+  Tensor out = empty_strided(g.sizes, g.strides, type);
+  wish_large_pages(out);
+  return out;
+}
 
 void check_floating(const Tensor& tensor, const char* name);
 void check_channels(const MaybeTensor& tensor, int64_t channels, const char* name);
@@ -73,12 +78,8 @@ void with_type(ScalarType type, const F& f) {
   }
 }
 
-// Outputs from this size on leave the caches before they are read again.
-constexpr int64_t kLargeOutputBytes = int64_t{1} << 24;
-
 inline bool streams(const Tensor& t) {
-  return t.numel() * static_cast<int64_t>(t.element_size()) >= kLargeOutputBytes &&
-         reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 64 == 0;
+  return leaves_caches(t) && reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 64 == 0;
 }
 
 template <class T>
