@@ -43,6 +43,7 @@ static void plane_backward_reduce_as(const Backward<T>& args, Planes t, double* 
   using V = typename LanesOf<T>::Type;
   constexpr int kMeet = 4;
   const Backward<T> a = args;
+  const int64_t ahead = next_image(t);
   D totals[kMaxGroup], products[kMaxGroup];
   for (int64_t c = 0; c < t.channels; ++c) totals[c] = products[c] = splat<D>(0);
   for (int64_t image = 0; image < t.images; ++image) {
@@ -51,6 +52,8 @@ static void plane_backward_reduce_as(const Backward<T>& args, Planes t, double* 
       const int64_t begin = t.begin + c * t.channel_stride + image * t.image_stride;
       const auto step = [&](int64_t at, auto lanes, V& s, V& p) LAMBDA {
         const V x = load(a.input + at, lanes);
+        __builtin_prefetch(a.input + at + ahead);
+        __builtin_prefetch(a.grad_output + at + ahead);
         s = grad_of_z<kind>(a, at, lanes, x, mean, scale, bias);
         if (kind != kPlain && a.grad_residual) store(a.grad_residual + at, s, lanes);
         p = s * (x - mean);

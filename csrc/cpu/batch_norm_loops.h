@@ -97,6 +97,9 @@ static __attribute__((noinline)) double squares_in_double(const T* x, int64_t n,
 
 // ---- Moments ----
 
+// How far ahead the next image of the tile is: runs are too short for hardware to foresee the next one.
+INLINE int64_t next_image(const Planes& t) { return t.images > 1 ? t.image_stride : 0; }
+
 // Images outside, channels inside: neighbouring channels are one run of memory.
 template <class T>
 void plane_moments(const T* input, Planes t, double* mean, double* m2) {
@@ -106,11 +109,14 @@ void plane_moments(const T* input, Planes t, double* mean, double* m2) {
   const T* x = input + t.begin;
   D sums[kMaxGroup];
   for (int64_t c = 0; c < t.channels; ++c) sums[c] = splat<D>(0);
+  const int64_t ahead = next_image(t);
   for (int64_t i = 0; i < t.images; ++i)
     for (int64_t c = 0; c < t.channels; ++c) {
       const T* run = x + i * t.image_stride + c * t.channel_stride;
-      sums[c] =
-          add_span<V>(t.length, sums[c], [&](int64_t k, auto lanes) LAMBDA { return load(run + k, lanes); });
+      sums[c] = add_span<V>(t.length, sums[c], [&](int64_t k, auto lanes) LAMBDA {
+        __builtin_prefetch(run + k + ahead);
+        return load(run + k, lanes);
+      });
     }
   A near[kMaxGroup];
   for (int64_t c = 0; c < t.channels; ++c) {
