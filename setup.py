@@ -140,7 +140,8 @@ def build_options() -> dict:
 
         def build_extensions(self):
             # With a CPU torch the ninja rule for nvcc tracks no headers.
-            newest = max(path.stat().st_mtime for path in CSRC.rglob("*.*h"))
+            headers = [*(CSRC / "include").rglob("*.*h"), *(CSRC / "cuda").glob("*.*h")]
+            newest = max(path.stat().st_mtime for path in headers)
             for compiled in Path(self.build_temp, "csrc", "cuda").glob("*.o"):
                 if compiled.stat().st_mtime < newest:
                     compiled.unlink()
