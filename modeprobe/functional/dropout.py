@@ -77,33 +77,57 @@ def dropout(
             mask_shape=mask_shape,
             scaling=scaling,
         )
+    # The commonest call first, and written out: a tensor of 16 elements feels every call of a function.
+    if (
+        training
+        and key is None
+        and mask_shape is None
+        and not (inplace or offset)
+        and type(p) is float
+        and 0.0 < p <= 1.0
+        and scaling == "inverted"
+        and input.dtype in ops.DTYPES
+        and not is_compiling()
+    ):
+        y = ops.fresh_dropout(input, p)
+        if y is not None:
+            return y
     p_tensor = None
-    # Written out for speed: a tensor of 16 elements feels every call of a function.
     if type(p) is not float or not 0.0 <= p <= 1.0:
         p, p_tensor = probability(p, input.device, "dropout")
     scaled = scaling == "inverted" or inverted(scaling, "dropout")
-    if not training or (p == 0.0 and p_tensor is None):
+    if _keeps_all(p, p_tensor, training):
         if scaled or training:
             return input
         rest = 1.0 - p if p_tensor is None else (1.0 - p_tensor).to(input.dtype)
         return input.mul_(rest) if inplace else input * rest
-    if input.dtype not in ops.DTYPES:
-        check_data(input, "dropout")
-    plain = key is None and mask_shape is None and p_tensor is None and scaled and not (inplace or offset)
-    if plain and not is_compiling():
-        y = ops.fresh_dropout(input, p)
-        if y is not None:
-            return y
-    if offset != 0:
-        offset = signed_offset(offset, "dropout")
-    operator, arguments = "dropout", (offset, scaled)
-    if mask_shape is not None:
-        shared = shared_dims(mask_shape, input.shape, "dropout")
-        operator, arguments = "structured_dropout", (shared, offset, scaled)  # type: ignore[assignment]
-    device = input.device
-    key = mask.new_key(device) if key is None else key_for(key, device, "dropout")
+    check_data(input, "dropout")
+    offset = signed_offset(offset, "dropout")
+    if mask_shape is None:
+        return _masked(input, "dropout", (offset, scaled), key, p, p_tensor, inplace, "dropout")
+    shared = shared_dims(mask_shape, input.shape, "dropout")
+    return _masked(
+        input, "structured_dropout", (shared, offset, scaled), key, p, p_tensor, inplace, "dropout"
+    )
+
+
+def _keeps_all(p: float, p_tensor: Tensor | None, training: bool) -> bool:
+    return not training or (p == 0.0 and p_tensor is None)
+
+
+def _masked(
+    input: Tensor,
+    operator: str,
+    arguments: tuple,
+    key: Tensor | None,
+    p: float,
+    p_tensor: Tensor | None,
+    inplace: bool,
+    who: str,
+) -> Tensor:
+    key = key_for(key, input.device, who)
     run = ops.masked_ if inplace else ops.masked
-    return run(input, key, p_tensor, p, arguments, operator, backend.resolve(device.type))
+    return run(input, key, p_tensor, p, arguments, operator, backend.resolve(input.device.type))
 
 
 def dropout_mask(shape: Sequence[int] | int, p: float | Tensor, key: Tensor, offset: int = 0) -> Tensor:
@@ -130,30 +154,51 @@ def dropout_mask(shape: Sequence[int] | int, p: float | Tensor, key: Tensor, off
     return flat.view(sizes)
 
 
-def _feature_dropout(
+def _structured(
     input: Tensor,
     p: float | Tensor,
     training: bool,
     inplace: bool,
     key: Tensor | None,
     offset: int,
-    batched: bool,
+    first: int | None,
     who: str,
+    *,
+    alpha: bool = False,
 ) -> Tensor:
+    """Dropout under a mask of the ``first`` dimensions, shared along the others; None: shared by nothing."""
     p, p_tensor = probability(p, input.device, who)
-    if not training or (p == 0.0 and p_tensor is None):
+    if _keeps_all(p, p_tensor, training):
         return input
     check_data(input, who)
-    first = 2 if batched else 1
-    if input.dim() < first:
+    if first is not None and input.dim() < first:
         raise RuntimeError(
             f"{who}: input must have at least {first} dimensions, got shape {tuple(input.shape)}"
         )
-    shared = list(range(first, input.dim()))
-    name = backend.resolve(input.device.type)
-    rest = (shared, signed_offset(offset, who), True)
-    run = ops.masked_ if inplace else ops.masked
-    return run(input, key_for(key, input.device, who), p_tensor, p, rest, "structured_dropout", name)
+    shared = [] if first is None else list(range(first, input.dim()))
+    offset = signed_offset(offset, who)
+    if alpha:
+        return _masked(input, "alpha_dropout", (shared, False, offset), key, p, p_tensor, inplace, who)
+    return _masked(input, "structured_dropout", (shared, offset, True), key, p, p_tensor, inplace, who)
+
+
+def _purpose(who: str, spatial: int) -> str:
+    """The end of torch's messages about inputs of unexpected dimensions."""
+    return (
+        f"Note that {who} exists to provide channel-wise dropout on inputs with {spatial} spatial "
+        f"dimension{'s' if spatial > 1 else ''}, a channel dimension, and an optional batch dimension "
+        f"(i.e. {spatial + 1}D or {spatial + 2}D inputs)."
+    )
+
+
+def _warn_unless(expected: bool, dims: int, who: str, spatial: int) -> None:
+    if not expected:
+        warnings.warn(
+            f"{who}: Received a {dims}-D input to {who}, which is deprecated and will result in an error in "
+            "a future release. To retain the behavior and silence this warning, please use dropout instead. "
+            + _purpose(who, spatial),
+            stacklevel=3,
+        )
 
 
 def dropout1d(
@@ -178,11 +223,9 @@ def dropout1d(
     if input.dim() not in (2, 3):
         raise RuntimeError(
             f"dropout1d: Expected 2D or 3D input, but received a {input.dim()}D input. "
-            "Note that dropout1d exists to provide channel-wise dropout on inputs with 1 "
-            "spatial dimension, a channel dimension, and an optional batch dimension "
-            "(i.e. 2D or 3D inputs)."
+            + _purpose("dropout1d", 1)
         )
-    return _feature_dropout(input, p, training, inplace, key, offset, input.dim() == 3, "dropout1d")
+    return _structured(input, p, training, inplace, key, offset, 2 if input.dim() == 3 else 1, "dropout1d")
 
 
 def dropout2d(
@@ -206,15 +249,7 @@ def dropout2d(
     """
     probability(p, input.device, "dropout2d")
     dims = input.dim()
-    if dims not in (3, 4):
-        warnings.warn(
-            f"dropout2d: Received a {dims}-D input to dropout2d, which is deprecated "
-            "and will result in an error in a future release. To retain the behavior "
-            "and silence this warning, please use dropout instead. Note that dropout2d "
-            "exists to provide channel-wise dropout on inputs with 2 spatial dimensions, "
-            "a channel dimension, and an optional batch dimension (i.e. 3D or 4D inputs).",
-            stacklevel=2,
-        )
+    _warn_unless(dims in (3, 4), dims, "dropout2d", 2)
     if dims == 3:
         warnings.warn(
             "dropout2d: Received a 3D input to dropout2d and assuming that channel-wise "
@@ -224,7 +259,7 @@ def dropout2d(
             "channel-wise dropout behavior, please switch to using dropout1d instead.",
             stacklevel=2,
         )
-    return _feature_dropout(input, p, training, inplace, key, offset, True, "dropout2d")
+    return _structured(input, p, training, inplace, key, offset, 2, "dropout2d")
 
 
 def dropout3d(
@@ -246,16 +281,8 @@ def dropout3d(
         ValueError, TypeError: as :func:`dropout`.
     """
     probability(p, input.device, "dropout3d")
-    if input.dim() not in (4, 5):
-        warnings.warn(
-            f"dropout3d: Received a {input.dim()}-D input to dropout3d, which is deprecated "
-            "and will result in an error in a future release. To retain the behavior "
-            "and silence this warning, please use dropout instead. Note that dropout3d "
-            "exists to provide channel-wise dropout on inputs with 3 spatial dimensions, "
-            "a channel dimension, and an optional batch dimension (i.e. 4D or 5D inputs).",
-            stacklevel=2,
-        )
-    return _feature_dropout(input, p, training, inplace, key, offset, input.dim() == 5, "dropout3d")
+    _warn_unless(input.dim() in (4, 5), input.dim(), "dropout3d", 3)
+    return _structured(input, p, training, inplace, key, offset, 2 if input.dim() == 5 else 1, "dropout3d")
 
 
 def drop_path(
@@ -276,32 +303,7 @@ def drop_path(
         RuntimeError: the input has no dimensions.
         ValueError, TypeError: as :func:`dropout`.
     """
-    return _feature_dropout(input, p, training, inplace, key, offset, False, "drop_path")
-
-
-def _alpha_dropout(
-    input: Tensor,
-    p: float | Tensor,
-    training: bool,
-    inplace: bool,
-    key: Tensor | None,
-    offset: int,
-    first: int | None,
-    who: str,
-) -> Tensor:
-    p, p_tensor = probability(p, input.device, who)
-    if not training or (p == 0.0 and p_tensor is None):
-        return input
-    check_data(input, who)
-    if first is not None and input.dim() < first:
-        raise RuntimeError(
-            f"{who}: input must have at least {first} dimensions, got shape {tuple(input.shape)}"
-        )
-    shared = [] if first is None else list(range(first, input.dim()))
-    name = backend.resolve(input.device.type)
-    rest = (shared, False, signed_offset(offset, who))
-    run = ops.masked_ if inplace else ops.masked
-    return run(input, key_for(key, input.device, who), p_tensor, p, rest, "alpha_dropout", name)
+    return _structured(input, p, training, inplace, key, offset, 1, "drop_path")
 
 
 def alpha_dropout(
@@ -323,7 +325,7 @@ def alpha_dropout(
     Raises:
         ValueError, TypeError: as :func:`dropout`.
     """
-    return _alpha_dropout(input, p, training, inplace, key, offset, None, "alpha_dropout")
+    return _structured(input, p, training, inplace, key, offset, None, "alpha_dropout", alpha=True)
 
 
 def feature_alpha_dropout(
@@ -341,4 +343,4 @@ def feature_alpha_dropout(
         RuntimeError: the input has fewer than 2 dimensions.
         ValueError, TypeError: as :func:`dropout`.
     """
-    return _alpha_dropout(input, p, training, inplace, key, offset, 2, "feature_alpha_dropout")
+    return _structured(input, p, training, inplace, key, offset, 2, "feature_alpha_dropout", alpha=True)

@@ -124,7 +124,7 @@ def test_structured_masks_of_long_rows(shape):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_structured_masks_of_tensors_larger_than_caches(dtype):
-    """From 16 MB on, rows are written past the caches: rows that begin and end anywhere in a line, NaN in them."""
+    """From 16 MB on, rows are written past the caches: rows that begin and end anywhere in a line."""
     rows, length = 129, (1 << 24) // torch.finfo(dtype).bits * 8 // 128 + 3
     x, key = torch.ones(rows, length, dtype=dtype), mask.key(6)
     x += torch.arange(length) % 7
