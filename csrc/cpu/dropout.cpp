@@ -34,9 +34,11 @@ void run(const Tensor& from, const Tensor& to, const Tensor& key, double p, int6
   const Affine affine{scaled ? keep_scale<double>(p) : 1.0, 0.0, 0.0};
   const auto* x = static_cast<const char*>(from.const_data_ptr());
   auto* y = static_cast<char*>(to.mutable_data_ptr());
-  for_each_tile(k, p, uint64_t(offset), numel, [&](int64_t begin, int64_t n, const uint64_t* bits) {
-    apply(x + begin * size, y + begin * size, n, bits, affine);
-  });
+  for_each_tile(k, p, uint64_t(offset), numel,
+                [&](int64_t begin, int64_t n, const uint64_t* bits) {
+                  apply(x + begin * size, y + begin * size, n, bits, affine);
+                },
+                {{x, x == y ? nullptr : y}, 64 * size});
 }
 
 Tensor dropout(const Tensor& input, const Tensor& key, double p, int64_t offset, bool scaled,

@@ -233,13 +233,17 @@ inline uint64_t equal(const Draws& d, __m256i limit) {
 }
 
 template <bool kTies>
-void draw_words(Key key, Threshold t, uint64_t chunk, int64_t words, uint64_t* bits) {
+void draw_words(Key key, Threshold t, uint64_t chunk, int64_t words, uint64_t* bits, Ahead ahead) {
   const Common same = common(key, t, uint32_t(chunk >> 32));
   const __m256i start = _mm256_set1_epi64x(int64_t(uint32_t(chunk))), m1 = _mm256_set1_epi64x(kPhiloxM1);
   const __m256i step = _mm256_set1_epi64x(8 * int64_t{kPhiloxM1});
   __m256i product[2] = {_mm256_mul_epu32(_mm256_add_epi64(start, _mm256_setr_epi64x(0, 1, 2, 3)), m1),
                         _mm256_mul_epu32(_mm256_add_epi64(start, _mm256_setr_epi64x(4, 5, 6, 7)), m1)};
   for (int64_t w = 0; w < words; ++w) {
+    for (const char*& p : ahead.at) {
+      if (p == nullptr) continue;
+      for (const char* end = p + ahead.step; p < end; p += 64) __builtin_prefetch(p);
+    }
     const Draws draws = words_of(product, same);
     for (__m256i& next : product) next = _mm256_add_epi64(next, step);
     uint64_t kept = below(draws, same.limit);
@@ -251,21 +255,22 @@ void draw_words(Key key, Threshold t, uint64_t chunk, int64_t words, uint64_t* b
   }
 }
 
-void draw(Key key, Threshold t, uint64_t chunk, int64_t words, uint64_t* bits) {
-  while (words > 0) {
+void draw(Key key, Threshold t, uint64_t chunk, int64_t words, uint64_t* bits, const Ahead& ahead) {
+  for (int64_t done = 0; words > 0;) {
     chunk &= kChunkMask;
     // As many words as have the high half of their chunks in common; where it changes, one word in plain C++.
     const int64_t before = int64_t((uint64_t{1} << 32) - uint32_t(chunk)) / kLanesPerChunk;
     const int64_t n = std::min(words, std::max<int64_t>(before, 1));
     if (before == 0) {
-      kDropoutPortable.draw(key, t, chunk, n, bits);
+      kDropoutPortable.draw(key, t, chunk, n, bits, {});
     } else if (t.lo == 0) {
-      draw_words<false>(key, t, chunk, n, bits);
+      draw_words<false>(key, t, chunk, n, bits, ahead.from(done));
     } else {
-      draw_words<true>(key, t, chunk, n, bits);
+      draw_words<true>(key, t, chunk, n, bits, ahead.from(done));
     }
     chunk += uint64_t(kLanesPerChunk * n);
     bits += n;
+    done += n;
     words -= n;
   }
 }

@@ -159,7 +159,7 @@ void draw_words(Key key, Threshold t, uint64_t chunk, int64_t words, uint64_t* b
   for (; w < words; ++w) draw_groups<kTies, 1>(key, t, keys, chunk + 8 * w, bits + w);
 }
 
-void draw(Key key, Threshold t, uint64_t chunk, int64_t words, uint64_t* bits) {
+void draw(Key key, Threshold t, uint64_t chunk, int64_t words, uint64_t* bits, const Ahead&) {
   t.lo == 0 ? draw_words<false>(key, t, chunk, words, bits) : draw_words<true>(key, t, chunk, words, bits);
 }
 

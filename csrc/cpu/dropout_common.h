@@ -63,9 +63,10 @@ inline double read_p(double p, const std::optional<Tensor>& p_tensor, const char
 bool is_dense(const Tensor& tensor);
 
 // Calls body(begin, n, bits) for tiles that cover [0, numel), in parallel; bits decide elements first + begin
-// + j.
+// + j. `ahead`: where the elements are.
 template <class Body>
-void for_each_tile(Key key, double p, uint64_t first, int64_t numel, const Body& body) {
+void for_each_tile(Key key, double p, uint64_t first, int64_t numel, const Body& body,
+                   const Ahead& ahead = {}) {
   const Threshold t = keep_threshold(p);
   const DropoutKernels& kernels = dropout_kernels();
   const int64_t tiles = (numel + kTile - 1) / kTile;
@@ -73,7 +74,7 @@ void for_each_tile(Key key, double p, uint64_t first, int64_t numel, const Body&
     uint64_t bits[kTileWords + 1];
     for (int64_t tile = from; tile < to; ++tile) {
       const int64_t begin = tile * kTile, n = std::min<int64_t>(kTile, numel - begin);
-      draw_tile(kernels, key, t, first + uint64_t(begin), n, bits);
+      draw_tile(kernels, key, t, first + uint64_t(begin), n, bits, ahead.from(begin / 64));
       body(begin, n, static_cast<const uint64_t*>(bits));
     }
   };

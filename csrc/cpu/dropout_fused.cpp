@@ -77,10 +77,12 @@ Tensor bias_dropout_add(const Tensor& input, const std::optional<Tensor>& bias, 
              *rest = static_cast<const char*>(r.const_data_ptr());
   auto* to = static_cast<char*>(y.mutable_data_ptr());
   const char* biases = bias.has_value() ? repeated.data() : nullptr;
-  for_each_tile(k, p, uint64_t(offset), x.numel(), [&](int64_t begin, int64_t n, const uint64_t* bits) {
-    add(from + begin * size, biases ? biases + begin % channels * acc : nullptr, rest + begin * size,
-        to + begin * size, n, bits, scale);
-  });
+  for_each_tile(k, p, uint64_t(offset), x.numel(),
+                [&](int64_t begin, int64_t n, const uint64_t* bits) {
+                  add(from + begin * size, biases ? biases + begin % channels * acc : nullptr,
+                      rest + begin * size, to + begin * size, n, bits, scale);
+                },
+                {{from, rest, to}, 64 * size});
   return y;
 }
 
@@ -127,7 +129,8 @@ std::tuple<Tensor, Tensor> bias_dropout_add_backward(const Tensor& grad_output, 
       char* block = sums.data() + b * (channels + kTile) * acc;
       for (int64_t tile = b * tiles_per_block; tile < std::min(tiles, (b + 1) * tiles_per_block); ++tile) {
         const int64_t begin = tile * kTile, n = std::min<int64_t>(kTile, numel - begin);
-        draw_tile(kernels, k, t, uint64_t(offset) + uint64_t(begin), n, bits);
+        draw_tile(kernels, k, t, uint64_t(offset) + uint64_t(begin), n, bits,
+                  {{from + begin * size, to + begin * size}, 64 * size});
         add(from + begin * size, to + begin * size, block + begin % channels * acc, n, bits, scale);
       }
     }

@@ -24,9 +24,23 @@ struct RowMask {
   int64_t stride;
 };
 
+// Memory that the elements under a mask are read from or written to; null: none. Drawing leaves the memory
+// idle, so it may ask for the lines that will be wanted next, a few at a time: asked for all at once, they
+// are waited for.
+struct Ahead {
+  const char* at[3] = {};
+  int64_t step = 0;  // bytes of 64 elements
+
+  Ahead from(int64_t word) const {
+    Ahead later = *this;
+    for (const char*& p : later.at) p = p ? p + word * step : p;
+    return later;
+  }
+};
+
 struct DropoutKernels {
   // Bit j of bits[w] = keep(8 * chunk + 64 * w + j). Wants 0 < 2^16 * hi + lo and hi < 2^16.
-  void (*draw)(Key key, Threshold t, uint64_t chunk, int64_t words, uint64_t* bits);
+  void (*draw)(Key key, Threshold t, uint64_t chunk, int64_t words, uint64_t* bits, const Ahead& ahead);
 
   // scale: y = keep ? scale * x : +0. affine: all three numbers.
   using Apply = void (*)(const void* x, void* y, int64_t n, const uint64_t* bits, Affine affine);
@@ -94,8 +108,8 @@ constexpr int kTileWords = kTile / 64;
 
 // Bit j of bits[w] = keep(first + 64 * w + j) for the n <= kTile elements from `first`, which need not begin
 // a chunk; indices wrap at 2^64. bits has kTileWords + 1 words.
-void draw_tile(const DropoutKernels& kernels, Key key, Threshold t, uint64_t first, int64_t n,
-               uint64_t* bits);
+void draw_tile(const DropoutKernels& kernels, Key key, Threshold t, uint64_t first, int64_t n, uint64_t* bits,
+               const Ahead& ahead = {});
 
 // out bit j = bit from + j of bits, for j < n; bits has a word beyond the last that is read.
 inline void copy_bits(const uint64_t* bits, int64_t from, int64_t n, uint64_t* out) {

@@ -42,7 +42,7 @@ inline Acc exponential(Acc x) {
   return exponential_of(x);
 }
 
-void draw(Key key, Threshold t, uint64_t chunk, int64_t words, uint64_t* bits) {
+void draw(Key key, Threshold t, uint64_t chunk, int64_t words, uint64_t* bits, const Ahead&) {
   for (int64_t w = 0; w < words; ++w) {
     uint64_t kept = 0, ties = 0;
     for (int c = 0; c < 8; ++c) {
@@ -85,16 +85,16 @@ uint64_t break_ties(Key key, Threshold t, uint64_t chunk, uint64_t ties) {
   return kept;
 }
 
-void draw_tile(const DropoutKernels& kernels, Key key, Threshold t, uint64_t first, int64_t n,
-               uint64_t* bits) {
+void draw_tile(const DropoutKernels& kernels, Key key, Threshold t, uint64_t first, int64_t n, uint64_t* bits,
+               const Ahead& ahead) {
   const int64_t words = (n + 63) / 64;
   if (t.hi > 0xffff || (t.hi | t.lo) == 0) {
     for (int64_t w = 0; w < words; ++w) bits[w] = t.hi ? ~uint64_t{0} : 0;
     return;
   }
   const int lead = int(first & 7);
-  if (lead == 0) return kernels.draw(key, t, first >> 3, words, bits);
-  kernels.draw(key, t, first >> 3, (lead + n + 63) / 64, bits);
+  if (lead == 0) return kernels.draw(key, t, first >> 3, words, bits, ahead);
+  kernels.draw(key, t, first >> 3, (lead + n + 63) / 64, bits, ahead);
   for (int64_t w = 0; w < words; ++w) bits[w] = bits[w] >> lead | bits[w + 1] << (64 - lead);
 }
 

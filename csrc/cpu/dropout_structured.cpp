@@ -177,7 +177,7 @@ Tensor alpha_dropout(const Tensor& input, const Tensor& key, double p, std::vect
   if (x.numel() == 0) return y;
   const Job job = job_for(x, y, !linear, alpha_affine(p, linear));
   if (shared_dims.empty()) {
-    for_each_tile(k, p, uint64_t(offset), x.numel(), job);
+    for_each_tile(k, p, uint64_t(offset), x.numel(), job, {{job.x, job.y}, 64 * job.size});
   } else {
     run_structured(job, k, p, uint64_t(offset), walk);
   }
