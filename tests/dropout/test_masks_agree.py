@@ -41,7 +41,9 @@ def test_sizes(numel, p):
     assert torch.equal(F.dropout_mask(numel, p, key, 5), mask.keep_mask((numel,), p, key, 5))
 
 
-@pytest.mark.parametrize("offset", [2**31 - 9, 2**31 + 1, 2**32 - 9, 2**35 - 9, 2**35 + 3, 2**64 - 9])
+@pytest.mark.parametrize(
+    "offset", [2**31 - 9, 2**31 + 1, 2**32 - 9, 2**35 - 1001, 2**35 - 9, 2**35 + 3, 2**64 - 1001]
+)
 def test_offsets_past_32_bits(offset):
     key = mask.key(1, 2)
     assert torch.equal(F.dropout_mask(5000, 0.1, key, offset), mask.keep_mask((5000,), 0.1, key, offset))
