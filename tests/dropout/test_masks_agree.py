@@ -140,6 +140,31 @@ def test_structured_masks_of_tensors_larger_than_caches(dtype):
     assert torch.equal(y.nan_to_num(), expected.nan_to_num())
 
 
+UNREADABLE = """
+import ctypes, mmap
+import torch
+import modeprobe as mp
+libc, page = ctypes.CDLL(None, use_errno=True), mmap.PAGESIZE
+for length in (page, 64 * page):  # of float32; the second tensor is larger than caches
+    memory = mmap.mmap(-1, 64 * length * 4)
+    x, key = torch.frombuffer(memory, dtype=torch.float32).view(1, 64, length).fill_(1), mp.mask.key(1)
+    kept = mp.functional.dropout_mask((64,), 0.5, key)
+    assert 0 < kept.sum() < 64
+    for channel in (~kept).nonzero().flatten().tolist():
+        begin = ctypes.c_void_p(x[0, channel].data_ptr())
+        assert libc.mprotect(begin, ctypes.c_size_t(length * 4), 0) == 0  # PROT_NONE
+    y = mp.functional.dropout1d(x, 0.5, key=key)
+    assert torch.equal(y, (2.0 * kept)[None, :, None].expand_as(y))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="takes Linux's mprotect")
+def test_a_dropped_channel_is_not_read():
+    """Reading one ends the process: its memory is protected."""
+    done = subprocess.run([sys.executable, "-c", UNREADABLE], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr or f"ended by signal {-done.returncode}"
+
+
 def test_shards_get_their_slice():
     key, whole = mask.key(3, 1), torch.randn(1001)
     y = F.dropout(whole, 0.25, key=key)
