@@ -15,6 +15,8 @@ from modeprobe.benchmarks import resources
 from modeprobe.benchmarks.resources import Resources
 
 THREADS = 256  # per block, of every CUDA kernel
+BLOCKS = 4  # per SM, at most, of those that walk through their data
+IN_FLIGHT = 25 << 10  # bytes per SM: bandwidth times latency of an H100
 ITEMSIZES = {"<float": 4, "<__half": 2, "<__nv_bfloat16": 2, "<double": 8}
 RESULT = Path("benchmarks") / "results" / "kernels.md"
 
@@ -27,6 +29,7 @@ class Promise:
     blocks: int = 1
     vector_loads: bool = False
     vector_stores: bool = False
+    in_flight: bool = False  # IN_FLIGHT bytes of loads on their way
     blocks_sm_100: int = 0  # where ptxas needs more registers there; else 0
 
     def blocks_on(self, arch: str) -> int:
@@ -40,23 +43,39 @@ PROMISES = (
     Promise(r"batch_norm_moments_kernel<double, 1>", 2),
     Promise(r"batch_norm_moments_kernel<double", 2, vector_loads=True),
     Promise(r"batch_norm_moments_kernel<\w+, 1>", 3),
-    Promise(r"batch_norm_moments_kernel<\w+, 8>", 3, vector_loads=True, blocks_sm_100=2),
-    Promise(r"batch_norm_moments_kernel", 3, vector_loads=True),
+    Promise(r"batch_norm_moments_kernel<\w+, 8>", 3, vector_loads=True, in_flight=True, blocks_sm_100=2),
+    Promise(r"batch_norm_moments_kernel", 3, vector_loads=True, in_flight=True),
     Promise(r"batch_norm_backward_reduce_kernel<double, 1,"),
     Promise(r"batch_norm_backward_reduce_kernel<double", vector_loads=True),
     Promise(r"batch_norm_backward_reduce_kernel<\w+, 1, true", 3),
     Promise(r"batch_norm_backward_reduce_kernel<\w+, 1, false", 2),
-    Promise(r"batch_norm_backward_reduce_kernel<\w+, \d, true", 3, vector_loads=True),
-    Promise(r"batch_norm_backward_reduce_kernel", 2, vector_loads=True),
+    Promise(r"batch_norm_backward_reduce_kernel<\w+, \d, true", 3, vector_loads=True, in_flight=True),
+    Promise(r"batch_norm_backward_reduce_kernel", 2, vector_loads=True, in_flight=True),
     Promise(r"batch_norm_(normalize|input_gradient)_kernel<double", 1, vector_loads=True, vector_stores=True),
-    Promise(r"batch_norm_input_gradient_kernel<\w+, true, false", 1, vector_loads=True, vector_stores=True),
     Promise(
-        r"batch_norm_(normalize|input_gradient)_kernel<\w+, \w+, true",
+        r"batch_norm_input_gradient_kernel<\w+, true, false",
+        1,
+        vector_loads=True,
+        vector_stores=True,
+        in_flight=True,
+    ),
+    Promise(
+        r"batch_norm_(normalize_kernel<\w+, \w+|input_gradient_kernel<\w+, false), true",
         3,
         vector_loads=True,
         vector_stores=True,
+        in_flight=True,
     ),
-    Promise(r"batch_norm_(normalize|input_gradient)_kernel", 2, vector_loads=True, vector_stores=True),
+    Promise(
+        r"batch_norm_(normalize|input_gradient)_kernel",
+        2,
+        vector_loads=True,
+        vector_stores=True,
+        in_flight=True,
+    ),
+    # These fetch everything that a block holds at once.
+    Promise(r"batch_norm_on_chip_\w+_kernel<\w+, true, false", 1, vector_loads=True, vector_stores=True),
+    Promise(r"batch_norm_on_chip_\w+_kernel", 2, vector_loads=True, vector_stores=True),
     Promise(r"structured_dropout_kernel<double", 2, vector_loads=True, vector_stores=True),
     Promise(r"structured_dropout_kernel<\w+, true", 3, vector_loads=True, vector_stores=True),
     Promise(r"structured_dropout_kernel", 4, vector_loads=True, vector_stores=True),
@@ -108,6 +127,9 @@ def broken_promises(kernels: Iterable[Resources]) -> list[str]:
             found.append(f"{where}: no 16-byte load")
         if promise.vector_stores and not one.vector_stores:
             found.append(f"{where}: no 16-byte store")
+        waiting = one.in_flight_per_sm(THREADS, BLOCKS)
+        if promise.in_flight and (waiting is None or waiting < IN_FLIGHT):
+            found.append(f"{where}: {waiting} bytes in flight per SM, promised are {IN_FLIGHT}")
         warps = one.warps_per_sm(THREADS)
         if warps < promise.blocks_on(one.arch) * THREADS // 32:
             found.append(f"{where}: {one.registers} registers let {warps} warps reside, promised are "
@@ -154,9 +176,15 @@ def main() -> int:
     text += (
         "From the compilers' output, without a GPU: `make kernels`. Instructions per element are those of\n"
     )
-    text += "the innermost loop that loads and stores 16 bytes; without a loop, from entry to exit.\n\n"
+    text += "the innermost loop that loads and stores 16 bytes; without a loop, from entry to exit.\n"
+    text += (
+        "KiB in flight: 16-byte loads that the resident threads of one SM wait for at a time; none is given\n"
+    )
+    text += "for the kernels that fetch all that a block holds at once.\n\n"
     text += "## CUDA\n\n"
-    text += resources.markdown(kernels) if kernels else f"None: {_extension.why_not('cuda')}\n"
+    text += (
+        resources.markdown(kernels, THREADS, BLOCKS) if kernels else f"None: {_extension.why_not('cuda')}\n"
+    )
     text += "\n## Triton\n\n"
     triton = triton_kernels()
     text += resources.markdown(triton) if triton else "None: Triton is not installed.\n"

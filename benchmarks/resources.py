@@ -39,7 +39,9 @@ class Resources:
     ``spills``: accesses to local memory in the SASS. ``f64``: float64 instructions. ``vector_loads`` and
     ``vector_stores``: 16-byte accesses to global memory; ``loads`` and ``stores``: all of them.
     ``per_element``: instructions per element on the usual path of the innermost 16-byte loop, None where
-    the kernel has no such loop or the element size is not known.
+    the kernel has no such loop or the element size is not known. ``in_flight``: bytes of 16-byte loads that
+    a thread can wait for at a time, None where it has none or, like a kernel that fetches all its data at
+    once, no limit.
     """
 
     kernel: str
@@ -54,12 +56,25 @@ class Resources:
     stores: int
     f64: int
     per_element: float | None = None
+    in_flight: int | None = None
 
     def warps_per_sm(self, threads: int, registers_per_sm: int = 65536, most: int = 64) -> int:
-        """Warps of ``threads``-thread blocks that the registers let reside on one SM."""
+        """Warps of ``threads``-thread blocks that registers and static shared memory let reside on one SM."""
         warps = -(-threads // 32)
         per_warp = -(-self.registers * 32 // 256) * 256
-        return min(most // warps, registers_per_sm // per_warp // warps) * warps
+        fitting = shared_per_sm(self.arch) // (self.shared + 1024)
+        return min(most // warps, registers_per_sm // per_warp // warps, fitting) * warps
+
+    def in_flight_per_sm(self, threads: int, blocks: int) -> int | None:
+        """Bytes that the threads of one SM wait for together, of ``blocks`` blocks at most."""
+        if self.in_flight is None:
+            return None
+        return self.in_flight * min(self.warps_per_sm(threads) * 32, blocks * threads)
+
+
+def shared_per_sm(arch: str) -> int:
+    """Bytes of shared memory of one SM; a block takes 1 KiB more than it asks for."""
+    return (164 if arch == "sm_80" else 228) << 10
 
 
 def tool(name: str) -> Path | None:
@@ -166,7 +181,8 @@ def count_ptx_f64(ptx: str) -> int:
 
 
 def _is_global(one: Instruction, kind: str) -> bool:
-    return one.name == kind or (kind == "LDG" and one.opcode.startswith("LD.E"))
+    """A copy from global to shared memory is a load, too."""
+    return one.name == kind or (kind == "LDG" and (one.name == "LDGSTS" or one.opcode.startswith("LD.E")))
 
 
 def _target(one: Instruction) -> int | None:
@@ -257,6 +273,79 @@ def hot_path(instructions: list[Instruction]) -> list[Instruction] | None:
     return [one for number in best[1] for one in blocks[number]]
 
 
+def bytes_in_flight(instructions: list[Instruction]) -> int | None:
+    """Bytes of 16-byte loads that one thread has on their way at a time.
+
+    Copies to shared memory: those of the groups that a wait leaves pending, and of the next one. Loads into
+    registers: as many as the loop issues before it touches a register that one of them fills.
+    """
+    groups, pending = [0], -1
+    for one in instructions:
+        groups[-1] += 16 * (one.name == "LDGSTS" and ".128" in one.opcode)
+        if one.name == "LDGDEPBAR":
+            groups.append(0)
+        elif one.name == "DEPBAR" and (match := re.search(r"SB0, 0x([0-9a-f]+)", one.operands)):
+            pending = max(pending, int(match[1], 16))
+    if any(groups):
+        everything = pending <= 0 and not _groups_in_a_loop(instructions)
+        return None if everything else (max(pending, 0) + 1) * max(groups)
+    path = _through_loads(instructions)
+    waiting: dict[int, set[str]] = {}
+    most = 0
+    for number, one in enumerate([*path, *path]):
+        filled = set()
+        named = one.operands
+        if _is_global(one, "LDG") and ".128" in one.opcode:
+            first, _, named = one.operands.partition(",")
+            start = int(first.strip().lstrip("R"))
+            filled = {f"R{start + k}" for k in range(4)}
+        touched = filled | set(re.findall(r"\bR\d+\b", named))
+        if any(touched & others for others in waiting.values()):
+            waiting.clear()
+        if filled:
+            waiting[number] = filled
+            most = max(most, 16 * len(waiting))
+    return most or None
+
+
+def _groups_in_a_loop(instructions: list[Instruction]) -> bool:
+    """Whether a loop that copies to shared memory also ends groups there."""
+    blocks, successors = _blocks(instructions)
+    for latch, after in successors.items():
+        for head in (number for number in after if number <= latch):
+            names = {one.name for block in blocks[head : latch + 1] for one in block}
+            if {"LDGSTS", "LDGDEPBAR"} <= names:
+                return True
+    return False
+
+
+def _through_loads(instructions: list[Instruction]) -> list[Instruction]:
+    """The way through the loop with the most 16-byte loads, or else through the kernel, past each of them."""
+    blocks, successors = _blocks(instructions)
+    costs = [len(block) for block in blocks]
+    loading = [
+        number
+        for number, block in enumerate(blocks)
+        if any(_is_global(one, "LDG") and ".128" in one.opcode for one in block)
+    ]
+    loops = [(head, latch) for latch, after in successors.items() for head in after if head <= latch]
+    # The smallest of those with the most loads: an outer loop has no more than its inner one.
+    head, latch = min(
+        loops,
+        key=lambda loop: (-sum(loop[0] <= n <= loop[1] for n in loading), loop[1] - loop[0]),
+        default=(0, len(blocks) - 1),
+    )
+    if not any(head <= number <= latch for number in loading):
+        head, latch = 0, len(blocks) - 1
+    inside = range(head, latch + 1)
+    path = [head]
+    for goal in [*(number for number in loading if number in inside), latch]:
+        step = _cheapest(costs, successors, inside, path[-1], goal)
+        if step:
+            path += step[1][1:]
+    return [one for number in path for one in blocks[number]]
+
+
 def straight_path(instructions: list[Instruction]) -> list[Instruction] | None:
     """The usual pass through a kernel without such a loop: from its entry, through its first barrier (where a
     block agrees on what it found) and its 16-byte stores, to an exit. None if it stores no 16 bytes."""
@@ -326,6 +415,7 @@ def read(binary: Path | str, itemsizes: dict[str, int] | None = None) -> list[Re
                 stores=sum(one.name == "STG" for one in body),
                 f64=count_f64(body),
                 per_element=instructions_per_element(body, itemsize) if itemsize else None,
+                in_flight=bytes_in_flight(body),
             )
         )
     return sorted(found, key=lambda one: (one.kernel, int(one.arch[3:].rstrip("af"))))
@@ -343,6 +433,7 @@ HEADER = (
     "f64",
     "instructions / element",
 )
+IN_FLIGHT = "KiB in flight / SM"
 
 
 def rows(resources: list[Resources]) -> list[tuple[str, ...]]:
@@ -364,8 +455,16 @@ def rows(resources: list[Resources]) -> list[tuple[str, ...]]:
     ]
 
 
-def markdown(resources: list[Resources]) -> str:
-    """The table as Markdown."""
-    lines = ["| " + " | ".join(HEADER) + " |", "|---" * len(HEADER) + "|"]
-    lines += ["| " + " | ".join(row) + " |" for row in rows(resources)]
+def markdown(resources: list[Resources], threads: int = 0, blocks: int = 0) -> str:
+    """The table as Markdown; with ``threads`` per block, ``blocks`` per SM at most, and what is in flight."""
+    header, body = HEADER, rows(resources)
+    if threads:
+        header = (*HEADER, IN_FLIGHT)
+        waiting = [one.in_flight_per_sm(threads, blocks) for one in resources]
+        body = [
+            (*row, "" if count is None else f"{count / 1024:.0f}")
+            for row, count in zip(body, waiting, strict=True)
+        ]
+    lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
+    lines += ["| " + " | ".join(row) + " |" for row in body]
     return "\n".join(lines) + "\n"

@@ -3,6 +3,7 @@
 
 #include <tuple>
 
+#include "batch_norm_on_chip.h"
 #include "batch_norm_tensors.h"
 
 namespace modeprobe::cuda {
@@ -83,6 +84,26 @@ struct Inputs {
           kWho);
   }
 
+  // Everything in one launch, where the layer is small enough.
+  template <typename T>
+  bool on_chip(const Tensor& statistics, const MaybeTensor& weight, const MaybeTensor& bias,
+               bool batch_statistics, const Tensor& grad_input, const MaybeTensor& grad_residual,
+               const MaybeTensor& grad_weight, const MaybeTensor& grad_bias) const {
+    if constexpr (sizeof(T) < 8) {
+      const auto shape = on_chip_backward_shape<T>(g.layout, g.channels_last);
+      if (!shape) return false;
+      const GradientOutput<T> output{nullptr, parameter<T>(grad_weight, type), parameter<T>(grad_bias, type)};
+      check(launch_batch_norm_on_chip_backward<T>(*shape, data<T>(grad_output), data<T>(input),
+                                                  mutable_data<T>(grad_input), mutable_data<T>(grad_residual),
+                                                  g.layout, g.channels_last,
+                                                  from_statistics<T>(statistics, weight, bias, type),
+                                                  batch_statistics, epilogue.get<T>(), output, stream),
+            kWho);
+      return true;
+    }
+    return false;
+  }
+
   template <typename T>
   void apply(const Tensor& statistics, const MaybeTensor& weight, const MaybeTensor& bias,
              const MaybeTensor& sums, double share, const MaybeTensor& grad_input,
@@ -123,15 +144,20 @@ Gradients batch_norm_backward(const Tensor& grad_output_in, const MaybeTensor& i
     return {grad_input, grad_weight, grad_bias, grad_residual};
   }
   with_type(in.type, [&]<typename T>(T) {
+    const MaybeTensor to_residual = wanted(need_residual, grad_residual);
+    const MaybeTensor to_weight = wanted(weighted, grad_weight), to_bias = wanted(biased, grad_bias);
+    if (reduce && need_input &&
+        in.on_chip<T>(statistics, weight, bias, batch_statistics, grad_input, to_residual, to_weight,
+                      to_bias))
+      return;
     MaybeTensor sums;
     if (reduce) {
       sums = in.new_sums();
-      in.reduce<T>(statistics, weight, bias, *sums, wanted(weighted, grad_weight), wanted(biased, grad_bias));
+      in.reduce<T>(statistics, weight, bias, *sums, to_weight, to_bias);
     }
     if (need_input || need_residual)
       in.apply<T>(statistics, weight, bias, batch_statistics && need_input ? sums : std::nullopt,
-                  1.0 / double(in.g.layout.per_channel()), wanted(need_input, grad_input),
-                  wanted(need_residual, grad_residual));
+                  1.0 / double(in.g.layout.per_channel()), wanted(need_input, grad_input), to_residual);
   });
   return {grad_input, grad_weight, grad_bias, grad_residual};
 }

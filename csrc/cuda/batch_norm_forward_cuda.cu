@@ -3,6 +3,7 @@
 
 #include <tuple>
 
+#include "batch_norm_on_chip.h"
 #include "batch_norm_tensors.h"
 
 namespace modeprobe::cuda {
@@ -49,6 +50,28 @@ void collect(const Tensor& input, const Geometry& g, const MomentsOutput<T>& out
         kWho);
 }
 
+// In one launch, where the layer is small enough.
+template <typename T>
+bool train_on_chip(const Tensor& input, const Tensor& output, const Geometry& g, const MaybeTensor& weight,
+                   const MaybeTensor& bias, const MomentsOutput<T>& moments, const Epilogue<T>& epilogue,
+                   cudaStream_t stream) {
+  if constexpr (sizeof(T) < 8) {
+    const auto shape = on_chip_forward_shape<T>(g.layout, g.channels_last, epilogue);
+    if (!shape) return false;
+    const size_t bytes = on_chip_workspace_bytes<T>(g.layout, moments.buffers);
+    MaybeTensor workspace;
+    if (bytes > 0) workspace = empty_vector(int64_t(bytes), ScalarType::Byte, input);
+    const ScalarType type = input.scalar_type();
+    check(launch_batch_norm_on_chip_forward<T>(*shape, data<T>(input), mutable_data<T>(output), g.layout,
+                                               g.channels_last, parameter<T>(weight, type),
+                                               parameter<T>(bias, type), mutable_data<char>(workspace),
+                                               moments, epilogue, stream),
+          kWho);
+    return true;
+  }
+  return false;
+}
+
 Tensor new_sign_bits(bool wanted, const Geometry& g, const Tensor& input) {
   return empty_vector(wanted ? (g.layout.elements() + 7) / 8 : 0, ScalarType::Byte, input);
 }
@@ -82,8 +105,10 @@ Output batch_norm_train(const Tensor& input_in, const MaybeTensor& weight, const
   }
   if (save_sign_bits) epilogue.sign_bits = sign_bits;
   with_type(type, [&]<typename T>(T) {
-    collect<T>(input, g, {mutable_data<acc_t<T>>(statistics), nullptr, acc_t<T>(eps), running.get<T>(type)},
-               stream);
+    const MomentsOutput<T> moments{mutable_data<acc_t<T>>(statistics), nullptr, acc_t<T>(eps),
+                                   running.get<T>(type)};
+    if (train_on_chip<T>(input, output, g, weight, bias, moments, epilogue.get<T>(), stream)) return;
+    collect<T>(input, g, moments, stream);
     check(launch_batch_norm_normalize<T>(data<T>(input), mutable_data<T>(output), g.layout, g.channels_last,
                                          from_statistics<T>(statistics, weight, bias, type), nullptr,
                                          epilogue.get<T>(), stream),

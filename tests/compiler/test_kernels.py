@@ -111,6 +111,30 @@ def test_promises_are_checked_on_numbers():
         assert len(kernels.broken_promises([replace(good, **change)])) == 1, change
 
 
+def body(*lines):
+    """Instructions from ``opcode operands``, 16 bytes apart."""
+    return [resources.Instruction(16 * n, "", *line.split(" ", 1)) for n, line in enumerate(lines)]
+
+
+BACK = "BRA 0x10"
+LOAD_A, LOAD_B = "LDG.E.128 R4, desc[UR4][R2.64]", "LDG.E.128 R8, desc[UR4][R2.64+0x10]"
+COPY, END = "LDGSTS.E.BYPASS.128 [R9], desc[UR4][R2.64]", "LDGDEPBAR "
+IN_FLIGHT = {
+    "both before the first use": ([LOAD_A, LOAD_B, "FADD R1, R5, R9", BACK], 32),
+    "each used before the next": ([LOAD_A, "FADD R1, R4, R4", LOAD_B, "FADD R1, R8, R8", BACK], 16),
+    "moved on, which waits": ([LOAD_A, "MOV R20, R7", BACK], 16),
+    "three groups of two copies": ([COPY, COPY, END, "DEPBAR.LE SB0, 0x2", "LDS.128 R4, [R9]", BACK], 96),
+    "everything at once": ([COPY, BACK, END, "DEPBAR.LE SB0, 0x0", "LDS.128 R4, [R9]"], None),
+    "nothing": (["FADD R1, R4, R4", BACK], None),
+}
+
+
+@pytest.mark.parametrize("name", IN_FLIGHT)
+def test_bytes_in_flight(name):
+    lines, want = IN_FLIGHT[name]
+    assert resources.bytes_in_flight(body("MOV R0, R0", *lines, "EXIT ")) == want
+
+
 def test_no_cuda_library_is_explained(monkeypatch, capsys):
     monkeypatch.setattr(kernels, "library", lambda: None)
     monkeypatch.setattr(kernels, "triton_kernels", list)

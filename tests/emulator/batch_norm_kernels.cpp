@@ -2,6 +2,7 @@
 
 #include "dispatch.h"
 #include "modeprobe/batch_norm.cuh"
+#include "modeprobe/batch_norm_on_chip.cuh"
 
 namespace emulated {
 namespace {
@@ -44,13 +45,21 @@ ChannelParameters<T> parameters_of(const BatchNorm& layer, void* statistics) {
           bias};
 }
 
-// Poisoned, exactly as large as the launcher says.
-template <typename T, typename Value>
-std::unique_ptr<std::byte[]> workspace_of(const BatchNorm& layer, bool aligned) {
-  const size_t bytes = reduce_workspace_bytes<T, Value>(layout_of(layer), layer.channels_last, aligned);
+std::unique_ptr<std::byte[]> poisoned(size_t bytes) {
   std::unique_ptr<std::byte[]> workspace(new std::byte[bytes]);
   memset(workspace.get(), 0xff, bytes);
   return workspace;
+}
+
+// Exactly as large as the launcher says.
+template <typename T, typename Value>
+std::unique_ptr<std::byte[]> workspace_of(const BatchNorm& layer, bool aligned) {
+  return poisoned(reduce_workspace_bytes<T, Value>(layout_of(layer), layer.channels_last, aligned));
+}
+
+OnChipShape required(const std::optional<OnChipShape>& shape) {
+  if (!shape) throw std::invalid_argument("the layer does not fit on the chip");
+  return *shape;
 }
 
 template <typename T>
@@ -63,11 +72,30 @@ void moments(const BatchNorm& layer, const void* data, const MomentsOutput<T>& o
 
 }  // namespace
 
+std::vector<int64_t> on_chip_shape(const BatchNorm& layer, int itemsize, int tensors) {
+  const auto shape = modeprobe::on_chip_shape(layout_of(layer), layer.channels_last, itemsize, tensors);
+  if (!shape) return {};
+  return {int64_t(shape->grid.x), int64_t(shape->block.x), int64_t(shape->shared_bytes)};
+}
+
 void batch_norm_train(Dtype dtype, const BatchNorm& layer, const void* x, void* y, void* statistics) {
   dispatch(dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    moments<T>(layer, x,
-               {static_cast<acc_t<T>*>(statistics), nullptr, acc_t<T>(layer.eps), buffers_of<T>(layer)});
+    const MomentsOutput<T> output{static_cast<acc_t<T>*>(statistics), nullptr, acc_t<T>(layer.eps),
+                                  buffers_of<T>(layer)};
+    if constexpr (sizeof(T) < 8) {
+      if (layer.on_chip) {
+        const Layout layout = layout_of(layer);
+        const auto epilogue = epilogue_of<T>(layer);
+        const auto workspace = poisoned(on_chip_workspace_bytes<T>(layout, output.buffers));
+        const auto shape = required(on_chip_forward_shape<T>(layout, layer.channels_last, epilogue));
+        const auto parameters = parameters_of<T>(layer, nullptr);
+        return check(launch_batch_norm_on_chip_forward<T>(
+            shape, static_cast<const T*>(x), static_cast<T*>(y), layout, layer.channels_last,
+            parameters.weight, parameters.bias, workspace.get(), output, epilogue, nullptr));
+      }
+    }
+    moments<T>(layer, x, output);
     check(launch_batch_norm_normalize<T>(static_cast<const T*>(x), static_cast<T*>(y), layout_of(layer),
                                          layer.channels_last, parameters_of<T>(layer, statistics), nullptr,
                                          epilogue_of<T>(layer), nullptr));
@@ -93,6 +121,16 @@ void batch_norm_backward(Dtype dtype, const BatchNorm& layer, bool batch_statist
     const Layout layout = layout_of(layer);
     const auto parameters = parameters_of<T>(layer, statistics);
     const auto epilogue = epilogue_of<T>(layer);
+    if constexpr (sizeof(T) < 8) {
+      if (layer.on_chip) {
+        const auto shape = required(on_chip_backward_shape<T>(layout, layer.channels_last));
+        const GradientOutput<T> output{
+            nullptr, {d_weight, layer.wide_parameters}, {d_bias, layer.wide_parameters}};
+        return check(launch_batch_norm_on_chip_backward<T>(
+            shape, gradient, input, static_cast<T*>(dx), static_cast<T*>(d_residual), layout,
+            layer.channels_last, parameters, batch_statistics, epilogue, output, nullptr));
+      }
+    }
     if (sums) {
       const auto workspace = workspace_of<T, Sums<acc_t<T>>>(
           layer, columns_align<T>(layout, input, gradient, epilogue.residual));

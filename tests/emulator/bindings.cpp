@@ -88,7 +88,8 @@ PYBIND11_MODULE(modeprobe_emulator, m) {
       .def_readwrite("momentum", &BatchNorm::momentum)
       .def_readwrite("activation", &BatchNorm::activation)
       .def_readwrite("slope", &BatchNorm::slope)
-      .def_readwrite("p", &BatchNorm::p);
+      .def_readwrite("p", &BatchNorm::p)
+      .def_readwrite("on_chip", &BatchNorm::on_chip);
   pointer(layer, "weight", &BatchNorm::weight);
   pointer(layer, "bias", &BatchNorm::bias);
   pointer(layer, "running_mean", &BatchNorm::running_mean);
@@ -98,6 +99,7 @@ PYBIND11_MODULE(modeprobe_emulator, m) {
   pointer(layer, "residual", &BatchNorm::residual);
   pointer(layer, "key", &BatchNorm::key);
   pointer(layer, "sign_bits", &BatchNorm::sign_bits);
+  m.def("on_chip_shape", &on_chip_shape);
   m.def("batch_norm_train",
         [](int dtype, const BatchNorm& layer, uintptr_t x, uintptr_t y, uintptr_t statistics) {
           batch_norm_train(Dtype(dtype), layer, at<void>(x), at<void>(y), at<void>(statistics));

@@ -29,12 +29,15 @@
     return &site;                                                    \
   }())
 
+#define MODEPROBE_DYNAMIC_SHARED(name, ...) \
+  auto* name = static_cast<__VA_ARGS__*>(::emulator::dynamic_shared())
+
 #define MODEPROBE_CHECK_ALIGNED(pointer, bytes) ::emulator::check_aligned(pointer, bytes)
 
 using emulator::dim3;
 
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidConfiguration = 9 };
-enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16 };
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16, cudaDevAttrMaxSharedMemoryPerBlockOptin = 97 };
 using cudaStream_t = void*;
 
 inline cudaError_t cudaGetDevice(int* device) {
@@ -42,8 +45,8 @@ inline cudaError_t cudaGetDevice(int* device) {
   return cudaSuccess;
 }
 // Few, so that small inputs already take several steps of a grid-stride loop.
-inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
-  *value = emulator::settings().multiprocessors;
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  *value = attribute == cudaDevAttrMultiProcessorCount ? emulator::settings().multiprocessors : 227 << 10;
   return cudaSuccess;
 }
 inline cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t) {
@@ -54,9 +57,10 @@ inline cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream
 namespace emulator {
 
 template <typename... Params>
-cudaError_t launch(void (*kernel)(Params...), dim3 grid_dim, dim3 block_dim,
+cudaError_t launch(void (*kernel)(Params...), dim3 grid_dim, dim3 block_dim, size_t dynamic_bytes,
                    std::type_identity_t<Params>... args) {
-  Grid grid{grid_dim, block_dim, [=] { kernel(args...); }, kernel_name(reinterpret_cast<void*>(kernel))};
+  Grid grid{grid_dim, block_dim, [=] { kernel(args...); }, kernel_name(reinterpret_cast<void*>(kernel)),
+            dynamic_bytes};
   run(grid, false);
   return cudaSuccess;
 }
@@ -80,6 +84,21 @@ inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return
 inline void __stwb(uint4* to, uint4 value) {
   emulator::check_aligned(to, 16);
   memcpy(to, &value, sizeof(value));
+}
+
+// Asynchronous copies are made when their group is waited for, and not before.
+inline void __pipeline_memcpy_async(void* to, const void* from, size_t bytes) {
+  emulator::current()->copies.push_back({to, from, bytes, 0});
+}
+inline void __pipeline_commit() {
+  for (auto& copy : emulator::current()->copies) ++copy.groups_since;
+}
+inline void __pipeline_wait_prior(size_t pending) {
+  std::erase_if(emulator::current()->copies, [&](const emulator::Copy& copy) {
+    if (copy.groups_since <= pending) return false;
+    memcpy(copy.to, copy.from, copy.bytes);
+    return true;
+  });
 }
 
 template <typename T>

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 namespace emulated {
 
@@ -50,8 +51,12 @@ struct BatchNorm {
   const int64_t* key = nullptr;
   double p = 0;
   uint8_t* sign_bits = nullptr;
+  bool on_chip = false;  // the kernels of one launch, which must then fit
 };
 
+// {blocks, threads side by side, bytes of shared memory} of the kernels of one launch; empty where it is too
+// large.
+std::vector<int64_t> on_chip_shape(const BatchNorm& layer, int itemsize, int tensors);
 void batch_norm_train(Dtype dtype, const BatchNorm& layer, const void* x, void* y, void* statistics);
 void batch_norm_eval(Dtype dtype, const BatchNorm& layer, const void* x, void* y, void* statistics);
 // d_weight, d_bias: of the parameters' dtype. sums: (2, c) of acc.

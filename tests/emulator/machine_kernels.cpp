@@ -111,7 +111,7 @@ void run_machine_kernel(const std::string& name, const float* x, float* out, uns
   if (cooperative)
     emulator::launch_cooperative(kernel, blocks, threads, blocks * sizeof(float), x, out);
   else
-    emulator::launch(kernel, blocks, threads, x, out);
+    emulator::launch(kernel, blocks, threads, 0, x, out);
 }
 
 }  // namespace emulated

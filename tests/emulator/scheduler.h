@@ -67,6 +67,13 @@ struct Block {
   int waiting = 0, done = 0, votes = 0, last_votes = 0;
 };
 
+struct Copy {
+  void* to;
+  const void* from;
+  size_t bytes;
+  size_t groups_since;  // its own one included; 0 while that is open
+};
+
 enum class Wait { kNone, kBlock, kWarp, kGrid };
 
 struct Fiber {
@@ -78,6 +85,7 @@ struct Fiber {
   uint32_t mask = 0;
   uint64_t value = 0;
   Exchange received{};
+  std::vector<Copy> copies;
   bool done = false;
   void* context = nullptr;  // where it stopped
   char* stack = nullptr;

@@ -108,6 +108,37 @@ double mean_of(const float* x, int64_t n, int64_t c, int64_t s, int64_t channel,
   return sum / double(n * s);
 }
 
+// The kernels of one launch against those of two, whose results are in `layer` and `statistics`.
+void sweep_on_chip(Dtype dtype, BatchNorm layer, const Buffer& x, const Buffer& dy, const Buffer& residual,
+                   const Buffer& want) {
+  const int64_t numel = layer.n * layer.c * layer.s;
+  Buffer y(dtype, numel), dx(dtype, numel), d_residual(dtype, numel), d_weight(Dtype::kFloat32, layer.c),
+      d_bias(Dtype::kFloat32, layer.c), statistics(Dtype::kFloat32, 2 * layer.c), bits{size_t(numel + 7) / 8};
+  int64_t batches = 0, skipped = 0;
+  layer.batches = &batches;
+  layer.skipped = layer.has_momentum ? nullptr : &skipped;
+  layer.on_chip = true;
+  batch_norm_train(dtype, layer, x.start, y.start, statistics.start);
+  if (batches != 1) fail("batches are not counted", numel, batches);
+  y.expect_written(dtype, "batch norm in one launch leaves its output unwritten", numel);
+  for (int64_t k = 0; k < 2 * layer.c; ++k) {
+    const float a = reinterpret_cast<float*>(statistics.start)[k],
+                b = reinterpret_cast<float*>(want.start)[k];
+    if (!(std::fabs(a - b) <= 1e-5 * (1 + std::fabs(b)))) fail("one launch has other statistics", numel, k);
+  }
+  layer.residual = residual.start;
+  layer.activation = 1;
+  layer.key = kKey;
+  layer.p = 0.2;
+  if (layer.channels_last || layer.s % 8 == 0) layer.sign_bits = reinterpret_cast<uint8_t*>(bits.start);
+  batch_norm_train(dtype, layer, x.start, y.start, statistics.start);
+  batch_norm_backward(dtype, layer, true, dy.start, x.start, statistics.start, nullptr, dx.start,
+                      d_residual.start, d_weight.start, d_bias.start);
+  dx.expect_written(dtype, "batch norm in one launch leaves its gradient unwritten", numel);
+  d_residual.expect_written(dtype, "one launch leaves the residual's gradient unwritten", numel);
+  d_weight.expect_written(Dtype::kFloat32, "one launch leaves the weight's gradient unwritten", layer.c);
+}
+
 void sweep_batch_norm(Dtype dtype, int64_t n, int64_t c, int64_t s, bool channels_last,
                       std::mt19937& random) {
   const Dtype wide = dtype == Dtype::kFloat64 ? dtype : Dtype::kFloat32;
@@ -139,6 +170,8 @@ void sweep_batch_norm(Dtype dtype, int64_t n, int64_t c, int64_t s, bool channel
       }
     batch_norm_backward(dtype, layer, true, dy.start, x.start, statistics.start, sums.start, dx.start,
                         nullptr, d_weight.start, d_bias.start);
+    if (dtype != Dtype::kFloat64 && (c % 8 == 0 || !channels_last))
+      sweep_on_chip(dtype, layer, x, dy, residual, statistics);
     dx.expect_written(dtype, "batch norm leaves its gradient unwritten", numel);
     batch_norm_moments(dtype, layer, x.start, packed.start);
     layer.residual = residual.start;

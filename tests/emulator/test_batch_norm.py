@@ -29,7 +29,35 @@ SHAPES = [
     (200, 24, (1,)),
     (8193, 2, (3,)),
 ]
-IDS = [f"{n}x{c}x{'x'.join(map(str, s))}" for n, c, s in SHAPES]
+FORMATS = {False: "contiguous", True: "channels_last"}
+LAUNCHES = {False: "two-launches", True: "one-launch"}
+
+
+def fits(shape, channels_last):
+    """Whether the one-launch kernels take float32 tensors of this shape, of few channels."""
+    n, c, spatial = shape
+    s = torch.Size(spatial).numel()
+    if channels_last:
+        return c % 8 == 0 and n * s <= 512
+    return n * ((s + 14) // 8) <= 512
+
+
+def name_of(case):
+    n, c, spatial = case[0]
+    return f"{n}x{c}x{'x'.join(map(str, spatial))}-{FORMATS[case[1]]}-{LAUNCHES[case[2]]}"
+
+
+def cases(shapes):
+    """(shape, channels_last, one launch): every kernel that takes the shape."""
+    return [
+        pytest.param(*case, id=name_of(case))
+        for shape in shapes
+        for channels_last in (False, True)
+        for case in ((shape, channels_last, one) for one in (False, True)[: 1 + fits(shape, channels_last)])
+    ]
+
+
+both_launches = pytest.mark.parametrize("on_chip", LAUNCHES, ids=LAUNCHES.values())
 ACTIVATIONS = {
     "none": lambda z: z,
     "relu": F.relu,
@@ -85,19 +113,23 @@ def torch_batch_norm(x, weight, bias, dtype, activation="none", residual=None, d
     return y.detach(), grads
 
 
-@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
-@pytest.mark.parametrize("shape", SHAPES, ids=IDS)
-@pytest.mark.parametrize("dtype", emulator.DTYPES, ids=str)
-def test_training_forward_and_backward(dtype, shape, channels_last):
-    if shape[0] * torch.Size(shape[2]).numel() == 1:
-        pytest.skip("one value per channel has no variance")
+@pytest.mark.parametrize(
+    ("shape", "channels_last", "on_chip", "dtype"),
+    [
+        pytest.param(*case.values, dtype, id=f"{case.id}-{dtype}")
+        for case in cases([shape for shape in SHAPES if shape[0] * torch.Size(shape[2]).numel() > 1])
+        for dtype in emulator.DTYPES
+        if not (case.values[2] and dtype == torch.float64)  # float64 always takes two launches
+    ],
+)
+def test_training_forward_and_backward(dtype, shape, channels_last, on_chip):
     c = shape[1]
     wide = emulator.acc_dtype(dtype)
     for seed, shift in enumerate((0, 1)):
         emulator.configure(seed=seed, multiprocessors=1 + 3 * seed)
         x, dy = (make(shape, dtype, channels_last, shift, m) for m in (0.5, 0.1))
         weight, bias = torch.randn(c, dtype=wide), torch.randn(c, dtype=wide)
-        layer = BatchNorm(channels_last, weight=weight, bias=bias)
+        layer = BatchNorm(channels_last, weight=weight, bias=bias, on_chip=on_chip)
         y, statistics = layer.train(x)
         truth, truth_grads = torch_batch_norm(x, weight, bias, torch.float64, dy=dy)
         same, same_grads = torch_batch_norm(x, weight, bias, dtype, dy=dy)
@@ -115,12 +147,13 @@ def test_training_forward_and_backward(dtype, shape, channels_last):
             check(mine, same_g, truth_g, kind, name, magnitude=magnitude)
 
 
-@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize(
+    ("shape", "channels_last", "on_chip"), cases([(4, 8, (9, 8)), (3, 5, (7,)), (50, 64, (1,))])
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("shape", [(4, 8, (9, 8)), (3, 5, (7,)), (50, 64, (1,))], ids=str)
-def test_bits_do_not_depend_on_schedule_or_repetition(shape, dtype, channels_last):
+def test_bits_do_not_depend_on_schedule_or_repetition(shape, dtype, channels_last, on_chip):
     x, dy = make(shape, dtype, channels_last), make(shape, dtype, channels_last)
-    layer = BatchNorm(channels_last)
+    layer = BatchNorm(channels_last, on_chip=on_chip)
     results = []
     for seed in (0, 1, 2, 3):
         emulator.configure(seed=seed, resident_blocks=1 + seed)
@@ -140,24 +173,37 @@ def test_variance_survives_a_large_mean(ratio, channels_last):
     variance = packed[16:32].double() / flat.shape[1]
     torch.testing.assert_close(variance, flat.var(1, correction=0), rtol=1e-4, atol=0)
     assert packed[32:].tolist() == [640.0, 0.0]
+    _, statistics = BatchNorm(channels_last, on_chip=True).train(x)
+    torch.testing.assert_close(
+        statistics[1].double(), (flat.var(1, correction=0) + 1e-5).rsqrt(), rtol=1e-4, atol=0
+    )
 
 
 @pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
-def test_constant_input_has_variance_zero(channels_last):
-    x = format_of(torch.full((6, 4, 33), 1234.567), channels_last)
-    y, statistics = BatchNorm(channels_last).train(x)
-    assert torch.equal(statistics[1], torch.full((4,), 1 / torch.tensor(1e-5).sqrt()))
+@both_launches
+def test_constant_input_has_variance_zero(channels_last, on_chip):
+    x = format_of(torch.full((6, 8, 33), 1234.567), channels_last)
+    y, statistics = BatchNorm(channels_last, on_chip=on_chip).train(x)
+    assert torch.equal(statistics[1], torch.full((8,), 1 / torch.tensor(1e-5).sqrt()))
     assert torch.equal(y, torch.zeros_like(y))
 
 
 @pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
 @pytest.mark.parametrize("momentum", [0.1, 1.0, None])
 @pytest.mark.parametrize("narrow", [False, True])
-def test_running_statistics(momentum, channels_last, narrow):
-    c, dtype = 70, torch.bfloat16 if narrow else torch.float32
+@both_launches
+def test_running_statistics(momentum, channels_last, narrow, on_chip):
+    c, dtype = 72 if on_chip else 70, torch.bfloat16 if narrow else torch.float32
     mean, var, batches = torch.zeros(c, dtype=dtype), torch.ones(c, dtype=dtype), torch.tensor(0)
     reference = torch.nn.BatchNorm1d(c, momentum=momentum)
-    layer = BatchNorm(channels_last, running_mean=mean, running_var=var, batches=batches, momentum=momentum)
+    layer = BatchNorm(
+        channels_last,
+        running_mean=mean,
+        running_var=var,
+        batches=batches,
+        momentum=momentum,
+        on_chip=on_chip,
+    )
     for step in range(3):
         emulator.configure(seed=step)
         x = make((5, c, (6,)), dtype, channels_last)
@@ -179,14 +225,18 @@ def test_a_factor_of_one_heals_nan():
 
 @pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), None])
-def test_non_finite_batches_are_skipped_and_counted(bad, channels_last):
-    c = 70
+@both_launches
+def test_non_finite_batches_are_skipped_and_counted(bad, channels_last, on_chip):
+    emulator.configure(seed=1 + on_chip)
+    c = 72 if on_chip else 70
     mean, var = torch.zeros(c), torch.ones(c)
     batches, skipped = torch.tensor(4), torch.tensor(7)
     x = make((5, c, (6,)), torch.float32, channels_last)
     if bad is not None:
         x[3, 69, 2] = bad
-    layer = BatchNorm(channels_last, running_mean=mean, running_var=var, batches=batches, skipped=skipped)
+    layer = BatchNorm(
+        channels_last, running_mean=mean, running_var=var, batches=batches, skipped=skipped, on_chip=on_chip
+    )
     y, _ = layer.train(x)
     if bad is None:
         assert (batches.item(), skipped.item()) == (5, 7)
@@ -197,6 +247,7 @@ def test_non_finite_batches_are_skipped_and_counted(bad, channels_last):
     assert torch.equal(var, torch.ones(c))
     assert torch.isnan(y[:, 69]).any()
     assert torch.isfinite(y[:, :69]).all()
+    assert torch.isfinite(y[:, 70:]).all()
 
 
 @pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
@@ -232,14 +283,22 @@ def test_evaluation_forward_and_backward(shape, dtype, channels_last):
 @pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("with_residual", [False, True])
-def test_epilogues(activation, with_residual, channels_last):
+@both_launches
+def test_epilogues(activation, with_residual, channels_last, on_chip):
     for dtype in (torch.float32, torch.bfloat16):
-        shape = (3, 6 if activation == "silu" else 8, (35,))
+        shape = (3, 6 if activation == "silu" and not on_chip else 8, (35,))
         c = shape[1]
         x, dy, r = (make(shape, dtype, channels_last) for _ in range(3))
         weight, bias = torch.randn(c), torch.randn(c)
         residual = r if with_residual else None
-        layer = BatchNorm(channels_last, weight=weight, bias=bias, residual=residual, activation=activation)
+        layer = BatchNorm(
+            channels_last,
+            weight=weight,
+            bias=bias,
+            residual=residual,
+            activation=activation,
+            on_chip=on_chip,
+        )
         y, statistics = layer.train(x)
         got = layer.backward(dy, x, statistics, need_residual=with_residual)
         truth, truth_grads = torch_batch_norm(x, weight, bias, torch.float64, activation, residual, dy)
@@ -254,15 +313,22 @@ def test_epilogues(activation, with_residual, channels_last):
 @pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
 @pytest.mark.parametrize("shift", [0, 1])
 @pytest.mark.parametrize("activation", ["relu", "leaky_relu"])
-def test_dropout_and_sign_bits(activation, shift, channels_last):
-    # 105 elements per image: rows straddle chunks, and the last chunk is ragged.
-    for dtype in emulator.DTYPES:
-        shape = (3, 5, (7,))
+@both_launches
+def test_dropout_and_sign_bits(activation, shift, channels_last, on_chip):
+    # In two launches rows straddle chunks, and the last chunk is ragged.
+    for dtype in emulator.DTYPES[: 3 if on_chip else 4]:
+        shape = (3, 8, (16,)) if on_chip else (3, 5, (7,))
         x, dy, residual = (make(shape, dtype, channels_last, shift) for _ in range(3))
         key, n = mask.key(9, 1), x.numel()
         bits = torch.full(((n + 7) // 8,), 0xFF, dtype=torch.uint8)
         layer = BatchNorm(
-            channels_last, residual=residual, activation=activation, key=key, p=0.3, sign_bits=bits
+            channels_last,
+            residual=residual,
+            activation=activation,
+            key=key,
+            p=0.3,
+            sign_bits=bits,
+            on_chip=on_chip,
         )
         y, statistics = layer.train(x)
         order = (0, 2, 1) if channels_last else (0, 1, 2)
@@ -270,9 +336,10 @@ def test_dropout_and_sign_bits(activation, shift, channels_last):
         def in_memory(t, order=order):
             return t.permute(order).reshape(-1)
 
-        plain, _ = BatchNorm(channels_last, residual=residual, activation=activation).train(x)
+        same = {"residual": residual, "on_chip": on_chip}
+        plain, _ = BatchNorm(channels_last, activation=activation, **same).train(x)
         keep = mask.keep_mask((n,), 0.3, key)
-        z, _ = BatchNorm(channels_last, residual=residual).train(x)
+        z, _ = BatchNorm(channels_last, **same).train(x)
         want = torch.where(keep, in_memory(plain).double() / 0.7, torch.zeros(n, dtype=torch.float64))
         torch.testing.assert_close(in_memory(y).double(), want, rtol=4 * torch.finfo(dtype).eps, atol=1e-6)
         unpacked = (bits[:, None] >> torch.arange(8) & 1).reshape(-1).bool()
@@ -311,3 +378,50 @@ def test_merge_of_processes_with_an_empty_one(dtype):
     torch.testing.assert_close(variance.double(), flat.var(1, correction=0), rtol=1e-5, atol=0)
     torch.testing.assert_close(running_var.double(), flat.var(1), rtol=1e-5, atol=0)
     assert (count.item(), batches.item()) == (70.0, 1)
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
+@both_launches
+def test_evaluation_statistics_in_training(channels_last, on_chip):
+    # The backward pass of frozen statistics, with the gradients of weight and bias.
+    x, dy = (make((6, 16, (5,)), torch.float32, channels_last) for _ in range(2))
+    weight, bias = torch.randn(16), torch.randn(16)
+    leaf = [t.double().requires_grad_() for t in (x, weight, bias)]
+    mean, var = torch.randn(16), torch.rand(16) + 0.5
+    truth = F.batch_norm(leaf[0], mean.double(), var.double(), leaf[1], leaf[2])
+    want = torch.autograd.grad(truth, leaf, dy.double())
+    layer = BatchNorm(channels_last, weight=weight, bias=bias, on_chip=on_chip)
+    statistics = torch.stack((mean, (var.double() + 1e-5).rsqrt().float()))
+    got = layer.backward(dy, x, statistics, batch_statistics=False)
+    for mine, one in zip(got, want, strict=False):
+        torch.testing.assert_close(mine.double(), one, rtol=1e-5, atol=1e-5)
+
+
+# What a layer of ResNet-50 takes: (N, C, H, W), channels_last, bytes per element, tensors -> blocks, threads
+# side by side and KiB of shared memory, or None: two launches.
+SHAPES_ON_CHIP = [
+    ((32, 512, 7, 7), False, 2, 1, (512, 1, 4)),
+    ((32, 512, 7, 7), False, 4, 2, (512, 1, 16)),
+    ((32, 2048, 7, 7), False, 2, 1, (2048, 1, 4)),
+    ((32, 256, 14, 14), False, 4, 2, (256, 1, 64)),
+    ((64, 256, 14, 14), False, 4, 1, (256, 1, 56)),
+    ((32, 128, 28, 28), False, 2, 2, (128, 1, 104)),
+    ((32, 128, 28, 28), False, 4, 2, None),
+    ((32, 64, 56, 56), False, 2, 1, None),
+    ((32, 32, 14, 14), False, 4, 1, (32, 1, 32)),
+    ((32, 32, 14, 14), False, 4, 2, None),
+    ((32, 2048, 7, 7), True, 2, 1, (128, 2, 52)),
+    ((32, 512, 7, 7), True, 4, 1, (64, 1, 56)),
+    ((32, 256, 14, 14), True, 2, 1, None),
+    ((32, 250, 2, 2), True, 4, 1, None),
+    ((256, 256, 1, 1), True, 4, 2, (32, 1, 16)),
+    ((256, 2048, 1, 1), True, 4, 2, (128, 2, 32)),
+    ((4096, 256, 1, 1), True, 4, 1, None),
+]
+
+
+@pytest.mark.parametrize(("shape", "channels_last", "itemsize", "tensors", "want"), SHAPES_ON_CHIP, ids=str)
+def test_which_layers_take_one_launch(shape, channels_last, itemsize, tensors, want):
+    layer = BatchNorm(channels_last).layer(torch.empty(shape, device="meta"))
+    got = emulator.module().on_chip_shape(layer, itemsize, tensors)
+    assert got == ([] if want is None else [*want[:2], want[2] * 1024])

@@ -94,6 +94,20 @@ FAULTS = {
         False,
         r"FAULT: misaligned access of 16 bytes .*dropout_forward_kernel.*thread \(.*of block \(",
     ),
+    "copies not waited for": (
+        "vector.cuh",
+        "  __pipeline_wait_prior(pending);\n",
+        "",
+        False,
+        "WRONG: one launch has other statistics",
+    ),
+    "another block's elements": (
+        "batch_norm_on_chip.cuh",
+        "if (unit.first == 0 && unit.last == kLanesPerChunk)",
+        "if (whole)",
+        False,
+        "WRONG: batch norm in one launch",
+    ),
     "divergent barrier": (
         "channel_reduce.cuh",
         "    __syncthreads();\n    if (threadIdx.y < half) {",
@@ -110,7 +124,8 @@ def test_planted_fault_is_found(name):
     folder = "fault-" + name.replace(" ", "-")
     headers = native_build.changed_headers(folder, header, there, fault)
     # Only the kernels that the fault concerns are compiled anew.
-    wrong = "batch_norm_kernels" if header == "channel_reduce.cuh" else "dropout_kernels"
+    of_dropout = header in ("dropout.cuh", "lanes.cuh")
+    wrong = "dropout_kernels" if of_dropout else "batch_norm_kernels"
     right = sweep(sanitized)
     program = native_build.build(
         folder,

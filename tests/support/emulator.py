@@ -92,7 +92,7 @@ class BatchNorm:
 
     def __init__(self, channels_last=False, *, weight=None, bias=None, running_mean=None, running_var=None,
                  batches=None, skipped=None, momentum=0.1, eps=1e-5, residual=None, activation="none",
-                 slope=0.01, key=None, p=0.0, sign_bits=None):  # fmt: skip
+                 slope=0.01, key=None, p=0.0, sign_bits=None, on_chip=False):  # fmt: skip
         self.channels_last = channels_last
         self.tensors = {
             "weight": weight,
@@ -112,6 +112,7 @@ class BatchNorm:
             "activation": ACTIVATIONS.index(activation),
             "slope": slope,
             "p": p,
+            "on_chip": on_chip,
         }
 
     def layer(self, x):

@@ -6,11 +6,15 @@
 
 #include <numeric>
 
-#include "batch_norm_reduce.cuh"
+#include "batch_norm_sums.cuh"
 
 namespace modeprobe {
 
 constexpr int kElementwiseBlocks = 4;  // per multiprocessor, at most
+
+// Of the input's gradient: with channels last eight channels stay in registers.
+template <typename T, bool channels_last, bool plain>
+constexpr int kGradientResident = channels_last ? kResident<T, plain> - (sizeof(T) < 8) : kResident<T, plain>;
 
 // Calls apply(first, channel) for each channel of the cursor's chunk: lanes from `first` on are that
 // channel's until the next call. Almost always once, with first a constant 0.
@@ -66,11 +70,14 @@ __global__ void __launch_bounds__(kThreads, kResident<T, plain>)
       shift[i] = parameters.shift(c);
     }
   }
+  Ahead<T, kLanes, in_flight(kLanes * sizeof(T), kResident<T, plain>), 1> ahead(
+      {x}, walk.chunk * kLanes, walk.stride * kLanes, elements, aligned);
   for (; walk.chunk < walk.chunks; walk.chunk += walk.stride) {
     const int64_t at = walk.chunk * kLanes;
     const bool whole = aligned && at + kLanes <= elements;
     acc value[kLanes], out[kLanes];
-    load_at<T, kLanes>(x, at, elements, whole, value);
+    ahead.wait();
+    ahead.load(0, value);
     if constexpr (channels_last) {
 #pragma unroll
       for (int i = 0; i < kLanes; ++i) out[i] = (value[i] - mean[i]) * scale[i] + shift[i];
@@ -85,13 +92,14 @@ __global__ void __launch_bounds__(kThreads, kResident<T, plain>)
     }
     if constexpr (!plain) context.template forward<kLanes>(at, elements, whole, out);
     store_at<T, kLanes>(y, at, elements, whole, out);
+    ahead.advance(at);
   }
 }
 
 // dx = scale * (dz - a - (x - mean) * b) with a = share * sums[0], b = share * sums[1] * invstd. Without sums
 // (statistics that do not depend on x) dx = scale * dz, and x may be null where no activation needs it.
 template <typename T, bool channels_last, bool plain>
-__global__ void __launch_bounds__(kThreads, channels_last && !plain ? 1 : kResident<T, plain>)
+__global__ void __launch_bounds__(kThreads, kGradientResident<T, channels_last, plain>)
     batch_norm_input_gradient_kernel(const T* dy, const T* x, T* dx, T* d_residual, Layout layout,
                                      int64_t period, ChannelParameters<T> parameters, const acc_t<T>* sums,
                                      acc_t<T> share, Epilogue<T> epilogue) {
@@ -119,14 +127,17 @@ __global__ void __launch_bounds__(kThreads, channels_last && !plain ? 1 : kResid
       b[i] = b_of(c);
     }
   }
+  Ahead<T, kLanes, in_flight(2 * kLanes * sizeof(T), kGradientResident<T, channels_last, plain>), 2> ahead(
+      {dy, x}, walk.chunk * kLanes, walk.stride * kLanes, elements, aligned);
   for (; walk.chunk < walk.chunks; walk.chunk += walk.stride) {
     const int64_t at = walk.chunk * kLanes;
     const bool whole = aligned && at + kLanes <= elements;
     acc g[kLanes], value[kLanes], z[kLanes], less[kLanes];
-    load_at<T, kLanes>(dy, at, elements, whole, g);
+    ahead.wait();
+    ahead.load(0, g);
 #pragma unroll
     for (int i = 0; i < kLanes; ++i) value[i] = acc(0);
-    if (x) load_at<T, kLanes>(x, at, elements, whole, value);
+    if (x) ahead.load(1, value);
     if constexpr (channels_last) {
 #pragma unroll
       for (int i = 0; i < kLanes; ++i) {
@@ -154,10 +165,12 @@ __global__ void __launch_bounds__(kThreads, channels_last && !plain ? 1 : kResid
       context.template backward<kLanes>(at, elements, whole, z, g);
       if (d_residual) store_at<T, kLanes>(d_residual, at, elements, whole, g);
     }
-    if (!dx) continue;
+    if (dx) {
 #pragma unroll
-    for (int i = 0; i < kLanes; ++i) g[i] = sums ? (g[i] - less[i]) * scale[i] : g[i] * scale[i];
-    store_at<T, kLanes>(dx, at, elements, whole, g);
+      for (int i = 0; i < kLanes; ++i) g[i] = sums ? (g[i] - less[i]) * scale[i] : g[i] * scale[i];
+      store_at<T, kLanes>(dx, at, elements, whole, g);
+    }
+    ahead.advance(at);
   }
 }
 

@@ -25,6 +25,123 @@ __device__ __forceinline__ void load_at(const T* from, int64_t at, int64_t end, 
   for (int i = 0; i < count; ++i) out[i] = at + i < end ? widen(from[at + i]) : acc_t<T>(0);
 }
 
+// `count` elements as they lie in memory: loads that are not yet unpacked can be in flight together.
+template <typename T, int count>
+struct Raw {
+  static constexpr int kPackets = count / kPacket<T>;
+  static_assert(count % kPacket<T> == 0);
+  Packet packet[kPackets];
+
+  __device__ __forceinline__ void load(const T* from, int64_t at, int64_t end, bool whole) {
+#pragma unroll
+    for (int k = 0; k < kPackets; ++k, at += kPacket<T>) {
+      if (whole) {
+        packet[k] = load_packet(from + at);
+      } else {
+        acc_t<T> value[kPacket<T>];
+        load_at<T, kPacket<T>>(from, at, end, false, value);
+        packet[k] = pack<T>(value);
+      }
+    }
+  }
+  __device__ __forceinline__ void unpack_to(acc_t<T>* out) const {
+#pragma unroll
+    for (int k = 0; k < kPackets; ++k) unpack<T>(packet[k], out + k * kPacket<T>);
+  }
+};
+template <typename T>
+struct Raw<T, 1> {
+  T value;
+
+  __device__ __forceinline__ void load(const T* from, int64_t at, int64_t, bool) { value = from[at]; }
+  __device__ __forceinline__ void unpack_to(acc_t<T>* out) const { *out = widen(value); }
+};
+
+// What a multiprocessor must wait for at a time, to keep memory busy: bandwidth times latency.
+constexpr int kBytesInFlight = 25 << 10;
+// That many loads of `bytes` each by every thread, where `blocks` reside.
+constexpr int in_flight(int bytes, int blocks) {
+  const int once = bytes * kThreads * blocks;
+  return (kBytesInFlight + once - 1) / once;
+}
+
+// A thread's own slots in shared memory, of `count` elements each. No other thread looks at them, so that no
+// barrier is needed.
+template <typename T, int count>
+struct Slots {
+  static constexpr int kPackets = count / kPacket<T>;
+  static_assert(count % kPacket<T> == 0);
+  Packet* mine;  // packets lie kThreads apart: neighbouring threads touch neighbouring banks
+
+  __device__ __forceinline__ explicit Slots(void* shared)
+      : mine(static_cast<Packet*>(shared) + threadIdx.y * blockDim.x + threadIdx.x) {}
+  __device__ __forceinline__ Packet* at(int slot, int k) const {
+    return mine + (slot * kPackets + k) * kThreads;
+  }
+
+  // Begins to copy the elements from position `first` on; those from `end` on count as zero.
+  __device__ __forceinline__ void fetch(int slot, const T* from, int64_t first, int64_t end,
+                                        bool whole) const {
+#pragma unroll
+    for (int k = 0; k < kPackets; ++k, first += kPacket<T>) {
+      if (whole) {
+        copy_packet_async(at(slot, k), from + first);
+      } else {
+        acc_t<T> value[kPacket<T>];
+        load_at<T, kPacket<T>>(from, first, end, false, value);
+        *at(slot, k) = pack<T>(value);
+      }
+    }
+  }
+  __device__ __forceinline__ void load(int slot, acc_t<T>* out) const {
+#pragma unroll
+    for (int k = 0; k < kPackets; ++k) unpack<T>(load_packet(at(slot, k)), out + k * kPacket<T>);
+  }
+};
+
+// A walk over one or two tensors in strides, `depth` strides of which are always on their way into shared
+// memory: in registers, a loop would have to be unrolled for them.
+template <typename T, int count, int depth, int tensors>
+struct Ahead {
+  Slots<T, count> slots;
+  const T* from[tensors];  // null: left out
+  int64_t step, end;
+  bool aligned;
+  int turn = 0;
+
+  __device__ __forceinline__ Ahead(const T* const (&tensor)[tensors], int64_t at, int64_t step, int64_t end,
+                                   bool aligned)
+      : slots(room()), step(step), end(end), aligned(aligned) {
+#pragma unroll
+    for (int t = 0; t < tensors; ++t) from[t] = tensor[t];
+#pragma unroll
+    for (int k = 0; k < depth; ++k) fetch(k, at + k * step);
+  }
+  __device__ __forceinline__ void wait() const { wait_for_copies<depth - 1>(); }
+  __device__ __forceinline__ void load(int tensor, acc_t<T>* out) const {
+    slots.load(turn * tensors + tensor, out);
+  }
+  // When what was loaded at `at` has been used: its slot is free for the elements `depth` strides on.
+  __device__ __forceinline__ void advance(int64_t at) {
+    fetch(turn, at + depth * step);
+    turn = turn + 1 == depth ? 0 : turn + 1;
+  }
+
+ private:
+  static __device__ __forceinline__ void* room() {
+    MODEPROBE_SHARED(ring, Packet[depth * tensors * Slots<T, count>::kPackets * kThreads]);
+    return &ring;
+  }
+  __device__ __forceinline__ void fetch(int k, int64_t at) const {
+    if (at < end) {
+#pragma unroll
+      for (int t = 0; t < tensors; ++t)
+        if (from[t]) slots.fetch(k * tensors + t, from[t], at, end, aligned && at + count <= end);
+    }
+    end_copy_group();
+  }
+};
+
 template <typename T, int count>
 __device__ __forceinline__ void store_at(T* to, int64_t at, int64_t end, bool whole, const acc_t<T>* in) {
   if constexpr (count % kPacket<T> == 0) {

@@ -1,7 +1,8 @@
 // The one way a kernel is launched, and the seam between a GPU and the emulator of tests/emulator.
 //
-// Kernels use CUDA's own names. Two things have none that g++ can compile: static shared memory is declared
-// with MODEPROBE_SHARED(name, type), and vector accesses announce their alignment.
+// Kernels use CUDA's own names. Two things have none that g++ can compile: shared memory is declared with
+// MODEPROBE_SHARED(name, type) or, where its size comes with the launch, MODEPROBE_DYNAMIC_SHARED(name,
+// type), and vector accesses announce their alignment.
 #pragma once
 
 #include <cstdint>
@@ -11,6 +12,7 @@
 #else
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <cuda_pipeline_primitives.h>
 #include <cuda_runtime.h>
 
 namespace modeprobe {
@@ -19,6 +21,9 @@ using type_of = T;
 }
 
 #define MODEPROBE_SHARED(name, ...) __shared__::modeprobe::type_of<__VA_ARGS__> name
+#define MODEPROBE_DYNAMIC_SHARED(name, ...)    \
+  extern __shared__ uint4 modeprobe_dynamic[]; \
+  auto* name = reinterpret_cast<__VA_ARGS__*>(modeprobe_dynamic)
 #define MODEPROBE_CHECK_ALIGNED(pointer, bytes)
 #endif
 
@@ -28,28 +33,47 @@ constexpr int kThreads = 256;  // per block, for every kernel
 constexpr int kWarp = 32;
 constexpr int kWarps = kThreads / kWarp;
 
-// Errors of the launch itself; those of the kernel come with the next synchronisation, as everywhere in CUDA.
+constexpr size_t kSharedWithoutAsking = 48 << 10;  // static and dynamic together
+
+// With `shared_bytes` of dynamic shared memory, beside less than `static_bytes` of static. Errors are those
+// of the launch itself; those of the kernel come with the next synchronisation, as everywhere in CUDA.
 template <typename... Params, typename... Args>
-cudaError_t launch(void (*kernel)(Params...), dim3 grid, dim3 block, cudaStream_t stream, Args... args) {
+cudaError_t launch_with_shared(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes,
+                               size_t static_bytes, cudaStream_t stream, Args... args) {
   if (block.x * block.y * block.z > kThreads) return cudaErrorInvalidConfiguration;
 #if defined(MODEPROBE_EMULATOR)
-  return emulator::launch(kernel, grid, block, Params(args)...);
+  return emulator::launch(kernel, grid, block, shared_bytes, Params(args)...);
 #else
+  if (shared_bytes + static_bytes > kSharedWithoutAsking) {
+    const cudaError_t status =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes));
+    if (status != cudaSuccess) return status;
+  }
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = block;
+  config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
   return cudaLaunchKernelEx(&config, kernel, Params(args)...);
 #endif
 }
 
-// Multiprocessors of the current device; 1 where it cannot be asked.
-inline int multiprocessors() {
-  int device = 0, count = 0;
+template <typename... Params, typename... Args>
+cudaError_t launch(void (*kernel)(Params...), dim3 grid, dim3 block, cudaStream_t stream, Args... args) {
+  return launch_with_shared(kernel, grid, block, 0, 0, stream, args...);
+}
+
+// What the current device says, or `otherwise` where it cannot be asked.
+inline int device_attribute(cudaDeviceAttr attribute, int otherwise) {
+  int device = 0, value = 0;
   if (cudaGetDevice(&device) != cudaSuccess ||
-      cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) != cudaSuccess)
-    return 1;
-  return count > 0 ? count : 1;
+      cudaDeviceGetAttribute(&value, attribute, device) != cudaSuccess)
+    return otherwise;
+  return value > 0 ? value : otherwise;
+}
+inline int multiprocessors() { return device_attribute(cudaDevAttrMultiProcessorCount, 1); }
+inline int shared_bytes_per_block() {
+  return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, int(kSharedWithoutAsking));
 }
 
 // Blocks for a grid-stride loop over `items`, one per thread and step: no more than stay resident.

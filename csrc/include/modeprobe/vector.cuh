@@ -54,6 +54,21 @@ __device__ __forceinline__ void store_packet(void* to, Packet packet) {
   __stwb(static_cast<uint4*>(to), make_uint4(packet.w[0], packet.w[1], packet.w[2], packet.w[3]));
 }
 
+// From global into shared memory, past the registers. Copies form groups, in the order of the calls; waiting
+// makes a group visible to the thread that asked for it, and to no other.
+__device__ __forceinline__ void copy_packet_async(Packet* shared, const void* from) {
+  MODEPROBE_CHECK_ALIGNED(from, kPacketBytes);
+  MODEPROBE_CHECK_ALIGNED(shared, kPacketBytes);
+  __pipeline_memcpy_async(shared, from, kPacketBytes);
+}
+__device__ __forceinline__ void end_copy_group() { __pipeline_commit(); }
+
+// For all of the thread's groups but the last `pending`.
+template <int pending>
+__device__ __forceinline__ void wait_for_copies() {
+  __pipeline_wait_prior(pending);
+}
+
 __device__ __forceinline__ float widen(float x) { return x; }
 __device__ __forceinline__ double widen(double x) { return x; }
 __device__ __forceinline__ float widen(__half x) { return __half2float(x); }

@@ -1,19 +1,13 @@
-// BatchNorm's two reductions over each channel: moments of x (forward), sums of dz and dz * (x - mean)
-// (backward), with what the last block does: statistics, running buffers, parameter gradients.
+// The forward reduction of BatchNorm: the moments of each channel, and what the last block to finish does
+// with them: statistics, running buffers, the count of batches.
 #pragma once
 
 #include "channel_reduce.cuh"
-#include "epilogue.cuh"
 
 namespace modeprobe {
 
-// Resident blocks per multiprocessor. Float64 needs twice the registers.
-template <typename T, bool plain>
-constexpr int kResident = sizeof(T) == 8 ? 1
-                          : plain        ? 3
-                                         : 2;
-
-// Of the moments. Eight channels per thread do not fit into 80 registers on sm_100.
+// Resident blocks per multiprocessor. Float64 needs twice the registers; eight channels per thread do not fit
+// into 80 registers on sm_100.
 template <typename T, int columns>
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
 constexpr int kMomentsResident = sizeof(T) == 8 || columns == 8 ? 2 : 3;
@@ -108,7 +102,36 @@ struct ShiftedSums {
 struct Unit {
   int64_t at;
   int first, last;
+
+  __device__ __forceinline__ bool empty() const { return last <= first; }
 };
+
+// Adds a unit of one channel to the thread's sums over `n` values.
+template <typename acc>
+__device__ __forceinline__ void add_unit(const Unit& unit, const acc* value, ShiftedSums<acc>& sums,
+                                         int64_t& n) {
+#pragma unroll
+  for (int i = kLanesPerChunk - 1; i >= 0; --i)
+    if (n == 0 && i >= unit.first && i < unit.last) sums.shift = value[i];
+  ShiftedSums<acc> chunk{sums.shift, acc(0), acc(0)};
+#pragma unroll
+  for (int i = 0; i < kLanesPerChunk; ++i)
+    if (i >= unit.first && i < unit.last) chunk.add(value[i]);
+  sums.sum += chunk.sum;
+  sums.squares += chunk.squares;
+  n += unit.empty() ? 0 : unit.last - unit.first;
+}
+
+// Adds one value of each of `columns` channels.
+template <int columns, typename acc>
+__device__ __forceinline__ void add_row(const acc* value, ShiftedSums<acc>* sums, int64_t& n) {
+#pragma unroll
+  for (int i = 0; i < columns; ++i) {
+    if (n == 0) sums[i].shift = value[i];
+    sums[i].add(value[i]);
+  }
+  ++n;
+}
 
 // Walks the rows of one channel of a contiguous tensor, chunk by chunk, without a division per step.
 struct RowWalk {
@@ -144,8 +167,6 @@ struct RowWalk {
   }
 };
 
-constexpr int kUnits = 2;  // loads in flight per thread
-
 template <typename T>
 __device__ __forceinline__ Moments<acc_t<T>> collect_rows(const T* x, const Layout& layout, int64_t channel,
                                                           acc_t<T> pivot) {
@@ -155,29 +176,21 @@ __device__ __forceinline__ Moments<acc_t<T>> collect_rows(const T* x, const Layo
   ShiftedSums<acc> sums{};
   int64_t n = 0;
   RowWalk walk(layout, channel);
+  constexpr int kUnits = in_flight(kLanesPerChunk * sizeof(T), kMomentsResident<T, 0>);
   while (!walk.done()) {
     Unit unit[kUnits];
-    acc value[kUnits][kLanesPerChunk];
+    Raw<T, kLanesPerChunk> raw[kUnits];
 #pragma unroll
     for (int u = 0; u < kUnits; ++u) {
       unit[u] = walk.next();
-      if (unit[u].last > unit[u].first)
-        load_at<T, kLanesPerChunk>(x, unit[u].at, elements,
-                                   aligned && unit[u].at + kLanesPerChunk <= elements, value[u]);
+      if (!unit[u].empty())
+        raw[u].load(x, unit[u].at, elements, aligned && unit[u].at + kLanesPerChunk <= elements);
     }
 #pragma unroll
     for (int u = 0; u < kUnits; ++u) {
-      const int first = unit[u].first, last = unit[u].last;
-#pragma unroll
-      for (int i = kLanesPerChunk - 1; i >= 0; --i)
-        if (n == 0 && i >= first && i < last) sums.shift = value[u][i];
-      ShiftedSums<acc> chunk{sums.shift, acc(0), acc(0)};
-#pragma unroll
-      for (int i = 0; i < kLanesPerChunk; ++i)
-        if (i >= first && i < last) chunk.add(value[u][i]);
-      sums.sum += chunk.sum;
-      sums.squares += chunk.squares;
-      n += last > first ? last - first : 0;
+      acc value[kLanesPerChunk];
+      raw[u].unpack_to(value);
+      add_unit(unit[u], value, sums, n);
     }
   }
   return sums.moments(n, pivot);
@@ -190,23 +203,21 @@ __device__ __forceinline__ void collect_columns(const T* x, const Layout& layout
   ShiftedSums<acc> sums[columns] = {};
   int64_t n = 0;
   if (channel < layout.c) {
+    constexpr int kRows = columns > 1 ? in_flight(kPacketBytes, kMomentsResident<T, columns>) : 4;
     const int64_t stride = int64_t(gridDim.y) * blockDim.y;
     for (int64_t row = int64_t(blockIdx.y) * blockDim.y + threadIdx.y; row < layout.n;
-         row += kUnits * stride) {
-      acc value[kUnits][columns];
+         row += kRows * stride) {
+      Raw<T, columns> raw[kRows];
 #pragma unroll
-      for (int u = 0; u < kUnits; ++u)
+      for (int u = 0; u < kRows; ++u)
         if (row + u * stride < layout.n)
-          load_at<T, columns>(x, (row + u * stride) * layout.c + channel, layout.elements(), true, value[u]);
+          raw[u].load(x, (row + u * stride) * layout.c + channel, layout.elements(), true);
 #pragma unroll
-      for (int u = 0; u < kUnits; ++u) {
+      for (int u = 0; u < kRows; ++u) {
         if (row + u * stride >= layout.n) break;
-#pragma unroll
-        for (int i = 0; i < columns; ++i) {
-          if (n == 0) sums[i].shift = value[u][i];
-          sums[i].add(value[u][i]);
-        }
-        ++n;
+        acc value[columns];
+        raw[u].unpack_to(value);
+        add_row<columns>(value, sums, n);
       }
     }
   }
@@ -223,6 +234,57 @@ struct MomentsOutput {
   Buffers<T> buffers;
 };
 
+// The first element of each of `count` channels: see ShiftedSums.
+template <typename T, int count>
+__device__ __forceinline__ void load_pivots(const T* x, const Layout& layout, int64_t channel,
+                                            acc_t<T>* pivot) {
+#pragma unroll
+  for (int i = 0; i < count; ++i)
+    pivot[i] = channel + i < layout.c && layout.n > 0 ? widen(x[(channel + i) * layout.s]) : acc_t<T>(0);
+}
+
+// The total of `count` channels -> statistics, packed, and the buffers or, where these depend on all
+// channels, the workspace.
+template <typename T, int count>
+__device__ __forceinline__ void finish_channels(const Layout& layout, int64_t channel, const acc_t<T>* pivot,
+                                                const Moments<acc_t<T>>* moments,
+                                                const Partials<Moments<acc_t<T>>>& partials,
+                                                const MomentsOutput<T>& output) {
+  using acc = acc_t<T>;
+  if (threadIdx.y != 0 || channel >= layout.c) return;
+#pragma unroll
+  for (int i = 0; i < count; ++i) {
+    const int64_t c = channel + i;
+    const Moments<acc> m{moments[i].n, pivot[i] + moments[i].mean, moments[i].m2};
+    if (output.statistics) {
+      output.statistics[c] = m.mean;
+      output.statistics[layout.c + c] = acc(1) / sqrt(m.m2 / acc(m.n) + output.eps);
+    }
+    if (output.packed) {
+      output.packed[c] = m.mean;
+      output.packed[layout.c + c] = m.m2;
+      if (c == 0) split_count(m.n, output.packed + 2 * layout.c, output.packed + 2 * layout.c + 1);
+    }
+    if (output.buffers.independent()) {
+      fold_channel(output.buffers, c, m, output.buffers.momentum);
+      if (c == 0 && output.buffers.batches) ++*output.buffers.batches;
+    } else {
+      partials.values[c] = m;
+    }
+  }
+}
+
+// Then, by the last block to come here, the buffers that depend on all channels.
+template <typename T>
+__device__ __forceinline__ void finish_batch(const Layout& layout,
+                                             const Partials<Moments<acc_t<T>>>& partials,
+                                             const Buffers<T>& buffers) {
+  if (buffers.independent()) return;
+  if (gridDim.x > 1 && !is_last_block(partials.grid_ticket(layout.c), gridDim.x)) return;
+  __syncthreads();
+  fold_all(buffers, partials.values, layout.c);
+}
+
 // columns = 0: contiguous, a block per channel and slice; else channels last, `columns` of them per thread.
 template <typename T, int columns>
 __global__ void __launch_bounds__(kThreads, kMomentsResident<T, columns>)
@@ -233,9 +295,7 @@ __global__ void __launch_bounds__(kThreads, kMomentsResident<T, columns>)
   const int64_t channel =
       columns ? (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) * kCount : int64_t(blockIdx.x);
   acc pivot[kCount];
-#pragma unroll
-  for (int i = 0; i < kCount; ++i)
-    pivot[i] = channel + i < layout.c && layout.n > 0 ? widen(x[(channel + i) * layout.s]) : acc(0);
+  load_pivots<T, kCount>(x, layout, channel, pivot);
   Moments<acc> moments[kCount];
   if constexpr (columns == 0)
     moments[0] = collect_rows(x, layout, channel, pivot[0]);
@@ -243,33 +303,8 @@ __global__ void __launch_bounds__(kThreads, kMomentsResident<T, columns>)
     collect_columns<T, columns>(x, layout, channel, pivot, moments);
   if (!merge_grid<Moments<acc>, kCount>(partials, layout.c, channel, moments)) return;
 
-  const bool independent = output.buffers.independent();
-  if (threadIdx.y == 0 && channel < layout.c) {
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      const int64_t c = channel + i;
-      const Moments<acc> m{moments[i].n, pivot[i] + moments[i].mean, moments[i].m2};
-      if (output.statistics) {
-        output.statistics[c] = m.mean;
-        output.statistics[layout.c + c] = acc(1) / sqrt(m.m2 / acc(m.n) + output.eps);
-      }
-      if (output.packed) {
-        output.packed[c] = m.mean;
-        output.packed[layout.c + c] = m.m2;
-        if (c == 0) split_count(m.n, output.packed + 2 * layout.c, output.packed + 2 * layout.c + 1);
-      }
-      if (independent) {
-        fold_channel(output.buffers, c, m, output.buffers.momentum);
-        if (c == 0 && output.buffers.batches) ++*output.buffers.batches;
-      } else {
-        partials.values[c] = m;
-      }
-    }
-  }
-  if (!independent && (gridDim.x == 1 || is_last_block(partials.grid_ticket(layout.c), gridDim.x))) {
-    __syncthreads();
-    fold_all(output.buffers, partials.values, layout.c);
-  }
+  finish_channels<T, kCount>(layout, channel, pivot, moments, partials, output);
+  finish_batch(layout, partials, output.buffers);
 }
 
 // Moments of `parts` processes, (parts, 2 * c + 2), merged in order by one block.
@@ -294,105 +329,6 @@ __global__ void __launch_bounds__(kThreads)
   }
   __syncthreads();
   fold_all(buffers, merged, channels);
-}
-
-// The normalisation as kernels apply it: x -> (x - mean) * scale + shift.
-template <typename T>
-struct ChannelParameters {
-  Parameter<T> mean, spread;  // spread: 1 / standard deviation, or the variance
-  bool spread_is_variance;
-  acc_t<T> eps;
-  Parameter<T> weight, bias;
-
-  __device__ __forceinline__ acc_t<T> invstd(int64_t c) const {
-    const acc_t<T> value = spread.load(c);
-    return spread_is_variance ? acc_t<T>(1) / sqrt(value + eps) : value;
-  }
-  __device__ __forceinline__ acc_t<T> scale(int64_t c) const {
-    return weight.load_or(c, acc_t<T>(1)) * invstd(c);
-  }
-  __device__ __forceinline__ acc_t<T> shift(int64_t c) const { return bias.load_or(c, acc_t<T>(0)); }
-};
-
-template <typename T>
-struct GradientOutput {
-  acc_t<T>* sums;  // (2, c): of dz, of dz * (x - mean) * invstd
-  Parameter<T> weight, bias;
-};
-
-template <typename T, int columns, bool plain>
-__global__ void __launch_bounds__(kThreads, kResident<T, plain>)
-    batch_norm_backward_reduce_kernel(const T* dy, const T* x, Layout layout, ChannelParameters<T> parameters,
-                                      Epilogue<T> epilogue, Partials<Sums<acc_t<T>>> partials,
-                                      GradientOutput<T> output) {
-  using acc = acc_t<T>;
-  constexpr int kCount = columns ? columns : 1, kWidth = columns ? columns : kLanesPerChunk;
-  const int64_t channel =
-      columns ? (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) * kCount : int64_t(blockIdx.x);
-  const int64_t elements = layout.elements();
-  const EpilogueContext<T> context(plain ? Epilogue<T>{} : epilogue);
-  acc mean[kCount], scale[kCount], shift[kCount];
-  Sums<acc> sums[kCount] = {};
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) {
-    const bool inside = channel + i < layout.c;
-    mean[i] = inside ? parameters.mean.load(channel + i) : acc(0);
-    scale[i] = inside && !plain ? parameters.scale(channel + i) : acc(0);
-    shift[i] = inside && !plain ? parameters.shift(channel + i) : acc(0);
-  }
-  // dy and x of one unit -> dz and x - mean, in place.
-  const auto differentiate = [&](int64_t at, bool whole, acc* g, acc* v) {
-#pragma unroll
-    for (int i = 0; i < kWidth; ++i) v[i] -= mean[columns ? i : 0];
-    if constexpr (!plain) {
-      acc z[kWidth];
-#pragma unroll
-      for (int i = 0; i < kWidth; ++i) z[i] = v[i] * scale[columns ? i : 0] + shift[columns ? i : 0];
-      context.template backward<kWidth>(at, elements, whole, z, g);
-    }
-  };
-
-  if constexpr (columns == 0) {
-    const bool aligned = is_aligned(x) && is_aligned(dy) && is_aligned(context.e.residual);
-    RowWalk walk(layout, channel);
-    while (!walk.done()) {
-      const Unit unit = walk.next();
-      if (unit.last <= unit.first) continue;
-      const bool whole = aligned && unit.at + kLanesPerChunk <= elements;
-      acc g[kWidth], v[kWidth];
-      load_at<T, kWidth>(dy, unit.at, elements, whole, g);
-      load_at<T, kWidth>(x, unit.at, elements, whole, v);
-      differentiate(unit.at, whole, g, v);
-      Sums<acc> chunk{};
-#pragma unroll
-      for (int i = 0; i < kWidth; ++i)
-        if (i >= unit.first && i < unit.last) chunk = merge(chunk, {g[i], g[i] * v[i]});
-      sums[0] = merge(sums[0], chunk);
-    }
-  } else if (channel < layout.c) {
-    const int64_t stride = int64_t(gridDim.y) * blockDim.y;
-    for (int64_t row = int64_t(blockIdx.y) * blockDim.y + threadIdx.y; row < layout.n; row += stride) {
-      acc g[kWidth], v[kWidth];
-      const int64_t at = row * layout.c + channel;
-      load_at<T, kWidth>(dy, at, elements, true, g);
-      load_at<T, kWidth>(x, at, elements, true, v);
-      differentiate(at, true, g, v);
-#pragma unroll
-      for (int i = 0; i < kWidth; ++i) sums[i] = merge(sums[i], {g[i], g[i] * v[i]});
-    }
-  }
-  if (!merge_grid<Sums<acc>, kCount>(partials, layout.c, channel, sums)) return;
-  if (threadIdx.y == 0 && channel < layout.c) {
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      const int64_t c = channel + i;
-      const acc projected = sums[i].b * parameters.invstd(c);
-      output.sums[c] = sums[i].a;
-      output.sums[layout.c + c] = projected;
-      if (output.weight.data) output.weight.store(c, projected);
-      if (output.bias.data) output.bias.store(c, sums[i].a);
-    }
-  }
 }
 
 }  // namespace modeprobe

@@ -1,0 +1,299 @@
+// BatchNorm of a small layer in one launch. A block owns whole channels and holds their data in shared
+// memory: x (and dy) is read once, 2 and 3 passes over memory instead of 3 and 5, and no second kernel waits
+// for the first. Blocks never wait for each other.
+#pragma once
+
+#include <algorithm>
+#include <optional>
+
+#include "batch_norm_sums.cuh"
+
+namespace modeprobe {
+
+constexpr size_t kOnChipBytes = 104 << 10;      // per block: two share a multiprocessor of an H100
+constexpr size_t kOnChipBytesAlone = 32 << 10;  // per block, where fewer blocks than this leave it half idle:
+constexpr int64_t kOnChipBlocks = 64;
+constexpr size_t kOnChipStaticBytes = 34 << 10;
+
+// Blocks per multiprocessor that registers must not prevent.
+template <bool channels_last, bool plain>
+constexpr int kOnChipResident = channels_last && !plain ? 1 : 2;
+
+struct OnChipShape {
+  dim3 grid, block;
+  size_t tensor_bytes;  // of shared memory for one tensor
+  size_t shared_bytes;
+};
+
+// How a layer is cut into blocks that hold `tensors` tensors of `itemsize` bytes an element, or nothing where
+// it is too large. Sizes alone decide, and what a block of this GPU can hold: alignment and values do not.
+inline std::optional<OnChipShape> on_chip_shape(const Layout& layout, bool channels_last, int itemsize,
+                                                int tensors) {
+  if (channels_last && layout.c % kLanesPerChunk) return std::nullopt;
+  const size_t room = size_t(shared_bytes_per_block());
+  const int64_t groups = channels_last ? layout.c / kLanesPerChunk : layout.c;
+  const int64_t items =
+      channels_last ? layout.n : layout.n * ((layout.s + 2 * kLanesPerChunk - 2) / kLanesPerChunk);
+  // With channels last, threads side by side read 128 bytes of a row; fewer, down to a sector of 32 bytes,
+  // where that gives too few blocks or too large ones.
+  const int chunk_bytes = kLanesPerChunk * itemsize;
+  const unsigned least = channels_last ? unsigned(std::max(1, 32 / chunk_bytes)) : 1;
+  unsigned x = channels_last ? power_of_two_at_least(groups, unsigned(128 / chunk_bytes)) : 1;
+  for (;; x /= 2) {
+    const unsigned y = kThreads / x;
+    const int64_t blocks = (groups + x - 1) / x, units = (items + y - 1) / y;
+    const size_t tensor_bytes = size_t(units) * kThreads * chunk_bytes, bytes = tensor_bytes * tensors;
+    const size_t most = blocks >= kOnChipBlocks ? kOnChipBytes : kOnChipBytesAlone;
+    if (bytes <= most && bytes + kOnChipStaticBytes <= room && (blocks >= 2 * kOnChipBlocks || x <= least))
+      return OnChipShape{dim3(unsigned(blocks)), dim3(x, y), tensor_bytes, bytes};
+    if (x <= least) return std::nullopt;
+  }
+}
+
+// A byte of sign bits must not hold two channels, which different blocks would write.
+template <typename T>
+std::optional<OnChipShape> on_chip_forward_shape(const Layout& layout, bool channels_last,
+                                                 const Epilogue<T>& epilogue) {
+  if (sizeof(T) == 8 || (!channels_last && epilogue.sign_bits && layout.s % kLanesPerChunk))
+    return std::nullopt;
+  return on_chip_shape(layout, channels_last, sizeof(T), 1);
+}
+
+template <typename T>
+std::optional<OnChipShape> on_chip_backward_shape(const Layout& layout, bool channels_last) {
+  if (sizeof(T) == 8) return std::nullopt;
+  return on_chip_shape(layout, channels_last, sizeof(T), 2);
+}
+
+// The units of a thread: of one channel's rows (contiguous), or of eight channels (channels last).
+template <bool channels_last>
+struct OnChipWalk : RowWalk {
+  using RowWalk::RowWalk;
+};
+template <>
+struct OnChipWalk<true> {
+  int64_t row, rows, at, step;
+
+  __device__ __forceinline__ OnChipWalk(const Layout& layout, int64_t channel)
+      : row(threadIdx.y),
+        rows(channel < layout.c ? layout.n : 0),
+        at(row * layout.c + channel),
+        step(blockDim.y * layout.c) {}
+  __device__ __forceinline__ bool done() const { return row >= rows; }
+  __device__ __forceinline__ Unit next() {
+    const Unit unit{at, 0, kLanesPerChunk};
+    row += blockDim.y;
+    at += step;
+    return unit;
+  }
+};
+
+// Only the unit's own positions: the others are another block's.
+template <typename T>
+__device__ __forceinline__ void store_unit(T* to, const Unit& unit, int64_t end, bool whole,
+                                           const acc_t<T>* in) {
+  if (unit.first == 0 && unit.last == kLanesPerChunk)
+    return store_at<T, kLanesPerChunk>(to, unit.at, end, whole, in);
+#pragma unroll
+  for (int i = 0; i < kLanesPerChunk; ++i)
+    if (i >= unit.first && i < unit.last) to[unit.at + i] = narrow<T>(in[i]);
+}
+
+template <bool channels_last>
+__device__ __forceinline__ int64_t own_channel() {
+  return channels_last ? (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) * kLanesPerChunk
+                       : int64_t(blockIdx.x);
+}
+
+template <typename T, bool channels_last, bool plain>
+__global__ void __launch_bounds__(kThreads, kOnChipResident<channels_last, plain>)
+    batch_norm_on_chip_forward_kernel(const T* x, T* y, Layout layout, Parameter<T> weight, Parameter<T> bias,
+                                      Partials<Moments<acc_t<T>>> partials, MomentsOutput<T> output,
+                                      Epilogue<T> epilogue) {
+  using acc = acc_t<T>;
+  using Walk = OnChipWalk<channels_last>;
+  constexpr int kLanes = kLanesPerChunk, kCount = channels_last ? kLanes : 1;
+  MODEPROBE_DYNAMIC_SHARED(shared, Packet);
+  const Slots<T, kLanes> held(shared);
+  const EpilogueContext<T> context(plain ? Epilogue<T>{} : epilogue);
+  const int64_t channel = own_channel<channels_last>(), elements = layout.elements();
+  const bool aligned = is_aligned(x) && is_aligned(y) && is_aligned(context.e.residual);
+  const auto is_whole = [&](const Unit& unit) { return aligned && unit.at + kLanes <= elements; };
+
+  const Walk start(layout, channel);
+  int number = 0;
+  for (Walk walk = start; !walk.done(); ++number) {
+    const Unit unit = walk.next();
+    if (!unit.empty()) held.fetch(number, x, unit.at, elements, is_whole(unit));
+  }
+  acc pivot[kCount];
+  load_pivots<T, kCount>(x, layout, channel, pivot);
+  end_copy_group();
+  wait_for_copies<0>();
+
+  ShiftedSums<acc> sums[kCount] = {};
+  int64_t n = 0;
+  number = 0;
+  for (Walk walk = start; !walk.done(); ++number) {
+    const Unit unit = walk.next();
+    if (unit.empty()) continue;
+    acc value[kLanes];
+    held.load(number, value);
+    if constexpr (channels_last)
+      add_row<kLanes>(value, sums, n);
+    else
+      add_unit(unit, value, sums[0], n);
+  }
+  Moments<acc> moments[kCount];
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) moments[i] = sums[i].moments(n, pivot[i]);
+  merge_rows<Moments<acc>, kCount>(moments);
+  finish_channels<T, kCount>(layout, channel, pivot, moments, partials, output);
+
+  acc mean[kCount], scale[kCount], shift[kCount];
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    const bool inside = channel + i < layout.c;
+    mean[i] = pivot[i] + moments[i].mean;
+    scale[i] = acc(1) / sqrt(moments[i].m2 / acc(moments[i].n) + output.eps);
+    scale[i] *= inside ? weight.load_or(channel + i, acc(1)) : acc(1);
+    shift[i] = inside ? bias.load_or(channel + i, acc(0)) : acc(0);
+  }
+  number = 0;
+  for (Walk walk = start; !walk.done(); ++number) {
+    const Unit unit = walk.next();
+    if (unit.empty()) continue;
+    const bool whole = is_whole(unit);
+    acc value[kLanes];
+    held.load(number, value);
+#pragma unroll
+    for (int i = 0; i < kLanes; ++i) {
+      const int c = channels_last ? i : 0;
+      value[i] = (value[i] - mean[c]) * scale[c] + shift[c];
+    }
+    if constexpr (!plain) context.template forward<kLanes>(unit.at, elements, whole, value);
+    store_unit(y, unit, elements, whole, value);
+  }
+  finish_batch(layout, partials, output.buffers);
+}
+
+// batch_statistics: of the batch, so that they depend on x.
+template <typename T, bool channels_last, bool plain>
+__global__ void __launch_bounds__(kThreads, kOnChipResident<channels_last, plain>)
+    batch_norm_on_chip_backward_kernel(const T* dy, const T* x, T* dx, T* d_residual, Layout layout,
+                                       size_t tensor_bytes, ChannelParameters<T> parameters,
+                                       bool batch_statistics, Epilogue<T> epilogue,
+                                       GradientOutput<T> output) {
+  using acc = acc_t<T>;
+  using Walk = OnChipWalk<channels_last>;
+  constexpr int kLanes = kLanesPerChunk, kCount = channels_last ? kLanes : 1;
+  MODEPROBE_DYNAMIC_SHARED(shared, char);
+  const Slots<T, kLanes> held_x(shared), held_dy(shared + tensor_bytes);
+  const EpilogueContext<T> context(plain ? Epilogue<T>{} : epilogue);
+  const int64_t channel = own_channel<channels_last>(), elements = layout.elements();
+  const bool aligned = is_aligned(x) && is_aligned(dy) && is_aligned(dx) && is_aligned(d_residual) &&
+                       is_aligned(context.e.residual);
+  const auto is_whole = [&](const Unit& unit) { return aligned && unit.at + kLanes <= elements; };
+
+  const Walk start(layout, channel);
+  int number = 0;
+  for (Walk walk = start; !walk.done(); ++number) {
+    const Unit unit = walk.next();
+    if (unit.empty()) continue;
+    held_x.fetch(number, x, unit.at, elements, is_whole(unit));
+    held_dy.fetch(number, dy, unit.at, elements, is_whole(unit));
+  }
+  const LoadedChannels<T, kCount, plain> channels(parameters, layout, channel);
+  end_copy_group();
+  wait_for_copies<0>();
+
+  Sums<acc> sums[kCount] = {};
+  number = 0;
+  for (Walk walk = start; !walk.done(); ++number) {
+    const Unit unit = walk.next();
+    if (unit.empty()) continue;
+    acc g[kLanes], v[kLanes];
+    held_dy.load(number, g);
+    held_x.load(number, v);
+    channels.template differentiate<kLanes>(context, unit.at, elements, is_whole(unit), g, v);
+    if constexpr (channels_last)
+      add_row<kLanes>(g, v, sums);
+    else
+      add_unit(unit, g, v, sums[0]);
+  }
+  merge_rows<Sums<acc>, kCount>(sums);
+  finish_gradients<T, kCount>(layout, channel, parameters, sums, output);
+
+  acc scale[kCount], a[kCount], b[kCount];
+  const acc share = acc(1) / acc(layout.per_channel());
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    const bool inside = channel + i < layout.c;
+    const acc invstd = inside ? parameters.invstd(channel + i) : acc(0);
+    scale[i] = inside ? parameters.scale(channel + i) : acc(0);
+    a[i] = sums[i].a * share;
+    b[i] = sums[i].b * invstd * share * invstd;
+  }
+  number = 0;
+  for (Walk walk = start; !walk.done(); ++number) {
+    const Unit unit = walk.next();
+    if (unit.empty()) continue;
+    const bool whole = is_whole(unit);
+    acc g[kLanes], v[kLanes];
+    held_dy.load(number, g);
+    held_x.load(number, v);
+    channels.template differentiate<kLanes>(context, unit.at, elements, whole, g, v);
+    if (d_residual) store_unit(d_residual, unit, elements, whole, g);
+#pragma unroll
+    for (int i = 0; i < kLanes; ++i) {
+      const int c = channels_last ? i : 0;
+      g[i] = (batch_statistics ? g[i] - (a[c] + v[i] * b[c]) : g[i]) * scale[c];
+    }
+    store_unit(dx, unit, elements, whole, g);
+  }
+}
+
+// Bytes of workspace; only the first Partials::ticket_bytes(c) must be zero, and none where it is empty.
+template <typename T>
+size_t on_chip_workspace_bytes(const Layout& layout, const Buffers<T>& buffers) {
+  return buffers.independent() ? 0 : Partials<Moments<acc_t<T>>>::bytes(layout.c, 1);
+}
+
+template <typename T>
+cudaError_t launch_batch_norm_on_chip_forward(const OnChipShape& shape, const T* x, T* y,
+                                              const Layout& layout, bool channels_last,
+                                              const Parameter<T>& weight, const Parameter<T>& bias,
+                                              void* workspace, const MomentsOutput<T>& output,
+                                              const Epilogue<T>& epilogue, cudaStream_t stream) {
+  using P = Partials<Moments<acc_t<T>>>;
+  if (!output.buffers.independent() && shape.grid.x > 1) {
+    const cudaError_t status = cudaMemsetAsync(workspace, 0, P::ticket_bytes(layout.c), stream);
+    if (status != cudaSuccess) return status;
+  }
+  const bool plain = is_plain(epilogue);
+  const auto kernel = channels_last ? plain ? batch_norm_on_chip_forward_kernel<T, true, true>
+                                            : batch_norm_on_chip_forward_kernel<T, true, false>
+                      : plain       ? batch_norm_on_chip_forward_kernel<T, false, true>
+                                    : batch_norm_on_chip_forward_kernel<T, false, false>;
+  return launch_with_shared(kernel, shape.grid, shape.block, shape.shared_bytes, kOnChipStaticBytes, stream,
+                            x, y, layout, weight, bias, P::at(workspace, layout.c), output, epilogue);
+}
+
+// d_residual may be null; dx is always made.
+template <typename T>
+cudaError_t launch_batch_norm_on_chip_backward(const OnChipShape& shape, const T* dy, const T* x, T* dx,
+                                               T* d_residual, const Layout& layout, bool channels_last,
+                                               const ChannelParameters<T>& parameters, bool batch_statistics,
+                                               const Epilogue<T>& epilogue, const GradientOutput<T>& output,
+                                               cudaStream_t stream) {
+  const bool plain = is_plain(epilogue) && d_residual == nullptr;
+  const auto kernel = channels_last ? plain ? batch_norm_on_chip_backward_kernel<T, true, true>
+                                            : batch_norm_on_chip_backward_kernel<T, true, false>
+                      : plain       ? batch_norm_on_chip_backward_kernel<T, false, true>
+                                    : batch_norm_on_chip_backward_kernel<T, false, false>;
+  return launch_with_shared(kernel, shape.grid, shape.block, shape.shared_bytes, kOnChipStaticBytes, stream,
+                            dy, x, dx, d_residual, layout, shape.tensor_bytes, parameters, batch_statistics,
+                            epilogue, output);
+}
+
+}  // namespace modeprobe
