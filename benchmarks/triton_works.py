@@ -49,9 +49,12 @@ def _alpha_dropout(dtype: torch.dtype) -> Launch:
     return lambda: dropout.launch_alpha_dropout(x, _key(), 0.1)
 
 
-def _images(dtype: torch.dtype, channels_last: bool) -> torch.Tensor:
+_IMAGES = (32, 64, 56, 56)
+
+
+def _images(dtype: torch.dtype, channels_last: bool, shape: tuple[int, ...] = _IMAGES) -> torch.Tensor:
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    return torch.empty((32, 64, 56, 56), dtype=dtype).to(memory_format=memory_format)
+    return torch.empty(shape, dtype=dtype).to(memory_format=memory_format)
 
 
 def _structured_dropout(channels_last: bool) -> Callable[[torch.dtype], Launch]:
@@ -89,12 +92,14 @@ def _softmax_dropout(dtype: torch.dtype) -> Launch:
     return launch
 
 
-def _batch_norm(channels_last: bool, activation: int = 0) -> Callable[[torch.dtype], Launch]:
+def _batch_norm(
+    channels_last: bool, activation: int = 0, shape: tuple[int, ...] = _IMAGES
+) -> Callable[[torch.dtype], Launch]:
     def work(dtype: torch.dtype) -> Launch:
         from modeprobe.triton_kernels import batch_norm
 
-        x = _images(dtype, channels_last)
-        one = torch.empty(64)
+        x = _images(dtype, channels_last, shape)
+        one = torch.empty(shape[1])
         tracked = torch.zeros((), dtype=torch.int64)
         residual = x if activation else None
 
@@ -122,6 +127,8 @@ WORKS: dict[str, Callable[[torch.dtype], Launch]] = {
     "softmax_dropout": _softmax_dropout,
     "batch_norm": _batch_norm(False),
     "batch_norm channels_last": _batch_norm(True),
+    "batch_norm, small": _batch_norm(False, shape=(32, 256, 16, 16)),
+    "batch_norm, small, channels_last": _batch_norm(True, shape=(8, 512, 8, 8)),
     "batch_norm + add + relu": _batch_norm(False, activation=1),
     "batch_norm + add + relu channels_last": _batch_norm(True, activation=1),
 }

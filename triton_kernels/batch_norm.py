@@ -15,6 +15,11 @@ from ._layout import as_layout, layout_of
 from ._parameters import accumulate_dtype
 from .batch_norm_backward import launch_batch_norm_input_gradient, launch_batch_norm_sums
 from .batch_norm_forward import launch_batch_norm_normalize
+from .batch_norm_on_chip import (
+    launch_batch_norm_on_chip_backward,
+    launch_batch_norm_on_chip_train,
+    on_chip_tile,
+)
 from .batch_norm_statistics import (
     launch_batch_norm_merge,
     launch_batch_norm_moments,
@@ -52,23 +57,22 @@ def launch_batch_norm_train(
     """(output, statistics, sign_bits) with the batch's statistics, folded into the buffers given; see
     :func:`launch_batch_norm_statistics`."""
     x, layout = layout_of(x)
+    residual = None if residual is None else as_layout(residual, x)
+    epilogue = (residual, activation, slope, key, p, save_sign_bits)
+    elementwise = layout_of(x, whole_bytes=save_sign_bits)[1]
+    # Where the update of a channel's buffers depends on what all channels see, no program can make it alone.
+    if momentum is not None and skipped_batches is None:
+        tile = on_chip_tile(x, elementwise)
+        if tile is not None:
+            buffers = (running_mean, running_var, num_batches_tracked)
+            return launch_batch_norm_on_chip_train(
+                x, elementwise, tile, weight, bias, *buffers, momentum, eps, *epilogue
+            )
     statistics = launch_batch_norm_statistics(
         x, layout, running_mean, running_var, num_batches_tracked, skipped_batches, momentum, eps
     )
     y, signs = launch_batch_norm_normalize(
-        x,
-        layout_of(x, whole_bytes=save_sign_bits)[1],
-        statistics[0],
-        statistics[1],
-        weight,
-        bias,
-        None,
-        None if residual is None else as_layout(residual, x),
-        activation,
-        slope,
-        key,
-        p,
-        save_sign_bits,
+        x, elementwise, statistics[0], statistics[1], weight, bias, None, *epilogue
     )
     return y, statistics, signs
 
@@ -95,21 +99,9 @@ def launch_batch_norm_eval(
         statistics = torch.stack((mean.to(acc), (variance.to(acc) + eps).rsqrt()))
     else:
         statistics = x.new_empty(0, dtype=acc)
-    y, signs = launch_batch_norm_normalize(
-        x,
-        layout,
-        mean,
-        variance,
-        weight,
-        bias,
-        eps,
-        None if residual is None else as_layout(residual, x),
-        activation,
-        slope,
-        key,
-        p,
-        save_sign_bits,
-    )
+    residual = None if residual is None else as_layout(residual, x)
+    epilogue = (residual, activation, slope, key, p, save_sign_bits)
+    y, signs = launch_batch_norm_normalize(x, layout, mean, variance, weight, bias, eps, *epilogue)
     return y, statistics, signs
 
 
@@ -143,6 +135,14 @@ def launch_batch_norm_backward(
         dy = as_layout(grad_output, x)
     residual = _residual(residual, sign_bits, dy)
     epilogue = (residual, activation, slope, key, p, sign_bits)
+    if need_input and (need_affine or batch_statistics):
+        assert x is not None
+        tile = on_chip_tile(x, layout)
+        if tile is not None:
+            needs = (batch_statistics, need_affine, need_residual)
+            return launch_batch_norm_on_chip_backward(
+                dy, x, layout, tile, statistics, weight, bias, *needs, *epilogue
+            )
     sums = None
     grad_weight, grad_bias = statistics.new_empty(0), statistics.new_empty(0)
     if need_affine or (batch_statistics and need_input):

@@ -4,10 +4,9 @@ import torch
 import triton
 import triton.language as tl
 
-from ._epilogue import _gradient_tile, _load_vectors, _store_vectors
+from ._epilogue import _gradient_tile, _key_of, _load_vectors, _scalars, _store_vectors
 from ._layout import Layout, _advance, _walk, channel_tile
-from ._mask import _load_key
-from ._parameters import _from_bits, _threshold, accumulate_dtype, bits_of, parameters, triton_acc
+from ._parameters import _from_bits, accumulate_dtype, bits_of, parameters, triton_acc
 from .batch_norm_forward import _channel_of, _load_affine, vectors_per_program
 from .batch_norm_statistics import slices, unroll_for
 
@@ -62,12 +61,8 @@ def _batch_norm_backward_reduce_kernel(
     mean, invstd, factor, bias = _load_affine(
         mean_ptr, invstd_ptr, weight_ptr, bias_ptr, channel, True, 0.0, ACC, False
     )
-    key = None
-    if key_ptr is not None:
-        key = _load_key(key_ptr)
-    hi, lo = _threshold(None, hi, lo)
-    slope = _from_bits(slope, ACC)
-    scale = _from_bits(scale, ACC)
+    slope, hi, lo, scale = _scalars(slope, hi, lo, scale, ACC)
+    epilogue = (residual_ptr, signs_ptr, key_ptr, _key_of(key_ptr), slope, hi, lo, scale)
     sum_dz = tl.zeros((ROWS, VEC), ACC)
     sum_dz_x = tl.zeros((ROWS, VEC), ACC)
     inner, offset, turn, step, jump = _walk(start, row, channel, channels, spatial, ROWS)
@@ -75,28 +70,9 @@ def _batch_norm_backward_reduce_kernel(
     while base < stop:
         for part in tl.static_range(UNROLL):
             inside = tl.broadcast_to(base + part * ROWS + row < stop, (ROWS, VEC))
-            x = _load_vectors(x_ptr, 0, offset, lane, inside, ACC, VEC)
-            dz = _gradient_tile(
-                dy_ptr,
-                x,
-                residual_ptr,
-                signs_ptr,
-                key,
-                tl.zeros((), tl.int64),
-                offset,
-                lane,
-                inside,
-                mean,
-                factor,
-                bias,
-                slope,
-                hi,
-                lo,
-                scale,
-                ACTIVATION,
-                ACC,
-                VEC,
-            )
+            place = (tl.zeros((), tl.int64), offset, lane, inside)
+            x = _load_vectors(x_ptr, place, ACC, VEC)
+            dz = _gradient_tile(dy_ptr, x, (mean, factor, bias), epilogue, place, ACTIVATION, ACC, VEC)
             sum_dz += dz
             sum_dz_x += tl.where(inside, dz * (x - mean), 0.0)
             inner, offset = _advance(inner, offset, turn, step, jump, spatial)
@@ -143,12 +119,9 @@ def _batch_norm_backward_reduce_channels_last_kernel(
     mean, invstd, factor, bias = _load_affine(
         mean_ptr, invstd_ptr, weight_ptr, bias_ptr, channel, known, 0.0, ACC, False
     )
-    key = None
-    if key_ptr is not None:
-        key = _load_key(key_ptr)
-    hi, lo = _threshold(None, hi, lo)
-    slope = _from_bits(slope, ACC)
-    scale = _from_bits(scale, ACC)
+    affine = (mean[:, None, :], factor[:, None, :], bias[:, None, :])
+    slope, hi, lo, scale = _scalars(slope, hi, lo, scale, ACC)
+    epilogue = (residual_ptr, signs_ptr, key_ptr, _key_of(key_ptr), slope, hi, lo, scale)
     sum_dz = tl.zeros((COLUMNS, ROWS, VEC), ACC)
     sum_dz_x = tl.zeros((COLUMNS, ROWS, VEC), ACC)
     done = tl.zeros((), tl.int32)
@@ -158,30 +131,11 @@ def _batch_norm_backward_reduce_channels_last_kernel(
             offset = row * channels + column[:, None, None]
             inside = (done + part * ROWS + row < left) & (column < channels)[:, None, None]
             inside = tl.broadcast_to(inside, (COLUMNS, ROWS, VEC))
-            x = _load_vectors(x_ptr, base, offset, lane[None, None, :], inside, ACC, VEC)
-            dz = _gradient_tile(
-                dy_ptr,
-                x,
-                residual_ptr,
-                signs_ptr,
-                key,
-                base,
-                offset,
-                lane[None, None, :],
-                inside,
-                mean[:, None, :],
-                factor[:, None, :],
-                bias[:, None, :],
-                slope,
-                hi,
-                lo,
-                scale,
-                ACTIVATION,
-                ACC,
-                VEC,
-            )
+            place = (base, offset, lane[None, None, :], inside)
+            x = _load_vectors(x_ptr, place, ACC, VEC)
+            dz = _gradient_tile(dy_ptr, x, affine, epilogue, place, ACTIVATION, ACC, VEC)
             sum_dz += dz
-            sum_dz_x += tl.where(inside, dz * (x - mean[:, None, :]), 0.0)
+            sum_dz_x += tl.where(inside, dz * (x - affine[0]), 0.0)
         done += UNROLL * ROWS
     sums_ptr += split * (2 * channels * VEC)
     tl.store(sums_ptr + channel, tl.sum(sum_dz, axis=1), mask=known)
@@ -207,27 +161,24 @@ def _sum_splits_kernel(parts_ptr, sums_ptr, splits, width, SPLITS: tl.constexpr,
 def _store_gradients(
     dx_ptr,
     dresidual_ptr,
-    base,
-    offset,
-    lane,
-    inside,
+    place,
     x,
     dz,
-    mean,
+    affine,
     invstd,
-    factor,
     mean_dz,
-    mean_dz_x,
+    mean_dz_x,  # of dz * xhat
     BATCH: tl.constexpr,
     VEC: tl.constexpr,
 ):
     if dresidual_ptr is not None:
-        _store_vectors(dresidual_ptr, base, offset, lane, inside, dz, VEC)
+        _store_vectors(dresidual_ptr, place, dz, VEC)
     if dx_ptr is not None:
+        mean, factor, _bias = affine
         dx = dz
         if BATCH:
             dx = dz - mean_dz - (x - mean) * invstd * mean_dz_x
-        _store_vectors(dx_ptr, base, offset, lane, inside, dx * factor, VEC)
+        _store_vectors(dx_ptr, place, dx * factor, VEC)
 
 
 @triton.jit(do_not_specialize=_SCALARS)
@@ -268,56 +219,20 @@ def _batch_norm_backward_input_kernel(
     mean, invstd, factor, bias = _load_affine(
         mean_ptr, invstd_ptr, weight_ptr, bias_ptr, channel, known, 0.0, ACC, False
     )
-    key = None
-    if key_ptr is not None:
-        key = _load_key(key_ptr)
-    hi, lo = _threshold(None, hi, lo)
+    slope, hi, lo, scale = _scalars(slope, hi, lo, scale, ACC)
+    epilogue = (residual_ptr, signs_ptr, key_ptr, _key_of(key_ptr), slope, hi, lo, scale)
+    affine = (mean, factor, bias)
+    place = (start, offset, lane, inside)
     x = None
     if x_ptr is not None:
-        x = _load_vectors(x_ptr, start, offset, lane, inside, ACC, VEC)
+        x = _load_vectors(x_ptr, place, ACC, VEC)
     mean_dz = None
     mean_dz_x = None
     if BATCH:
         mean_dz = tl.load(sums_ptr + channel, mask=known, other=0.0) * _from_bits(share, ACC)
         mean_dz_x = tl.load(sums_ptr + channels + channel, mask=known, other=0.0) * _from_bits(share, ACC)
-    dz = _gradient_tile(
-        dy_ptr,
-        x,
-        residual_ptr,
-        signs_ptr,
-        key,
-        start,
-        offset,
-        lane,
-        inside,
-        mean,
-        factor,
-        bias,
-        _from_bits(slope, ACC),
-        hi,
-        lo,
-        _from_bits(scale, ACC),
-        ACTIVATION,
-        ACC,
-        VEC,
-    )
-    _store_gradients(
-        dx_ptr,
-        dresidual_ptr,
-        start,
-        offset,
-        lane,
-        inside,
-        x,
-        dz,
-        mean,
-        invstd,
-        factor,
-        mean_dz,
-        mean_dz_x,
-        BATCH,
-        VEC,
-    )
+    dz = _gradient_tile(dy_ptr, x, affine, epilogue, place, ACTIVATION, ACC, VEC)
+    _store_gradients(dx_ptr, dresidual_ptr, place, x, dz, affine, invstd, mean_dz, mean_dz_x, BATCH, VEC)
 
 
 @triton.jit(do_not_specialize=_SCALARS)
@@ -357,10 +272,9 @@ def _batch_norm_backward_input_channels_last_kernel(
     mean, invstd, factor, bias = _load_affine(
         mean_ptr, invstd_ptr, weight_ptr, bias_ptr, channel, known, 0.0, ACC, False
     )
-    key = None
-    if key_ptr is not None:
-        key = _load_key(key_ptr)
-    hi, lo = _threshold(None, hi, lo)
+    affine = (mean[:, None, :], factor[:, None, :], bias[:, None, :])
+    slope, hi, lo, scale = _scalars(slope, hi, lo, scale, ACC)
+    epilogue = (residual_ptr, signs_ptr, key_ptr, _key_of(key_ptr), slope, hi, lo, scale)
     mean_dz = None
     mean_dz_x = None
     if BATCH:
@@ -375,46 +289,13 @@ def _batch_norm_backward_input_channels_last_kernel(
         inside = tl.broadcast_to(inside, (COLUMNS, ROWS, VEC))
         base = start * channels
         offset = (tile * ROWS + row) * channels + column[:, None, None]
+        place = (base, offset, lane[None, None, :], inside)
         x = None
         if x_ptr is not None:
-            x = _load_vectors(x_ptr, base, offset, lane[None, None, :], inside, ACC, VEC)
-        dz = _gradient_tile(
-            dy_ptr,
-            x,
-            residual_ptr,
-            signs_ptr,
-            key,
-            base,
-            offset,
-            lane[None, None, :],
-            inside,
-            mean[:, None, :],
-            factor[:, None, :],
-            bias[:, None, :],
-            _from_bits(slope, ACC),
-            hi,
-            lo,
-            _from_bits(scale, ACC),
-            ACTIVATION,
-            ACC,
-            VEC,
-        )
+            x = _load_vectors(x_ptr, place, ACC, VEC)
+        dz = _gradient_tile(dy_ptr, x, affine, epilogue, place, ACTIVATION, ACC, VEC)
         _store_gradients(
-            dx_ptr,
-            dresidual_ptr,
-            base,
-            offset,
-            lane[None, None, :],
-            inside,
-            x,
-            dz,
-            mean[:, None, :],
-            invstd[:, None, :],
-            factor[:, None, :],
-            mean_dz,
-            mean_dz_x,
-            BATCH,
-            VEC,
+            dx_ptr, dresidual_ptr, place, x, dz, affine, invstd[:, None, :], mean_dz, mean_dz_x, BATCH, VEC
         )
 
 

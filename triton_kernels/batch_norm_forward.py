@@ -4,10 +4,9 @@ import torch
 import triton
 import triton.language as tl
 
-from ._epilogue import _forward_tile
+from ._epilogue import _forward_tile, _key_of, _load_vectors, _scalars
 from ._layout import Layout, channel_tile, same_memory
-from ._mask import _load_key
-from ._parameters import _from_bits, _threshold, accumulate_dtype, bits_of, parameters, triton_acc
+from ._parameters import _from_bits, accumulate_dtype, bits_of, parameters, triton_acc
 
 _SCALARS = ("vectors", "rows", "channels", "spatial", "eps", "slope", "hi", "lo", "scale")
 
@@ -85,31 +84,11 @@ def _batch_norm_forward_kernel(
     mean, _, factor, bias = _load_affine(
         mean_ptr, second_ptr, weight_ptr, bias_ptr, channel, known, _from_bits(eps, ACC), ACC, VARIANCE
     )
-    key = None
-    if key_ptr is not None:
-        key = _load_key(key_ptr)
-    hi, lo = _threshold(None, hi, lo)
-    _forward_tile(
-        x_ptr,
-        y_ptr,
-        residual_ptr,
-        signs_ptr,
-        key,
-        start,
-        offset,
-        lane,
-        tl.broadcast_to(known, (VECTORS, VEC)),
-        mean,
-        factor,
-        bias,
-        _from_bits(slope, ACC),
-        hi,
-        lo,
-        _from_bits(scale, ACC),
-        ACTIVATION,
-        ACC,
-        VEC,
-    )
+    slope, hi, lo, scale = _scalars(slope, hi, lo, scale, ACC)
+    epilogue = (residual_ptr, signs_ptr, key_ptr, _key_of(key_ptr), slope, hi, lo, scale)
+    place = (start, offset, lane, tl.broadcast_to(known, (VECTORS, VEC)))
+    x = _load_vectors(x_ptr, place, ACC, VEC)
+    _forward_tile(x, y_ptr, (mean, factor, bias), epilogue, place, ACTIVATION, VEC)
 
 
 @triton.jit(do_not_specialize=_SCALARS)
@@ -156,35 +135,18 @@ def _batch_norm_forward_channels_last_kernel(
         ACC,
         VARIANCE,
     )
-    key = None
-    if key_ptr is not None:
-        key = _load_key(key_ptr)
-    hi, lo = _threshold(None, hi, lo)
+    affine = (mean[:, None, :], factor[:, None, :], bias[:, None, :])
+    slope, hi, lo, scale = _scalars(slope, hi, lo, scale, ACC)
+    epilogue = (residual_ptr, signs_ptr, key_ptr, _key_of(key_ptr), slope, hi, lo, scale)
     row = tl.arange(0, ROWS)[None, :, None]
     left = tl.minimum(rows - start, TILES * ROWS).to(tl.int32)
     for tile in tl.static_range(TILES):
         known = (tile * ROWS + row < left) & (column < channels)[:, None, None]
-        _forward_tile(
-            x_ptr,
-            y_ptr,
-            residual_ptr,
-            signs_ptr,
-            key,
-            start * channels,
-            (tile * ROWS + row) * channels + column[:, None, None],
-            lane[None, None, :],
-            tl.broadcast_to(known, (COLUMNS, ROWS, VEC)),
-            mean[:, None, :],
-            factor[:, None, :],
-            bias[:, None, :],
-            _from_bits(slope, ACC),
-            hi,
-            lo,
-            _from_bits(scale, ACC),
-            ACTIVATION,
-            ACC,
-            VEC,
-        )
+        offset = (tile * ROWS + row) * channels + column[:, None, None]
+        inside = tl.broadcast_to(known, (COLUMNS, ROWS, VEC))
+        place = (start * channels, offset, lane[None, None, :], inside)
+        x = _load_vectors(x_ptr, place, ACC, VEC)
+        _forward_tile(x, y_ptr, affine, epilogue, place, ACTIVATION, VEC)
 
 
 @triton.jit(do_not_specialize=("numel",))
@@ -196,6 +158,23 @@ def _pack_signs_kernel(bytes_ptr, bits_ptr, numel: tl.int64, BLOCK: tl.constexpr
     one = tl.load(bytes_ptr + element, mask=element < numel, other=0).to(tl.int32)
     packed = tl.sum(one << lane, axis=1, keep_dims=True)
     tl.store(bits_ptr + byte, packed.to(tl.uint8), mask=byte * 8 < numel)
+
+
+class SignBits:
+    """The signs of a forward pass, eight to a byte. ``out``: where kernels write them, None if not wanted;
+    where no vector fills a byte, that holds a byte each, to be packed by :meth:`finish`."""
+
+    def __init__(self, wanted: bool, x: torch.Tensor, layout: Layout):
+        self.packed = torch.empty((x.numel() + 7) // 8 if wanted else 0, dtype=torch.uint8, device=x.device)
+        self.out = self.packed if wanted else None
+        if wanted and layout.vector != 8:
+            self.out = torch.empty(x.numel(), dtype=torch.uint8, device=x.device)
+
+    def finish(self) -> torch.Tensor:
+        if self.out is not None and self.out is not self.packed:
+            grid = (triton.cdiv(self.packed.numel(), 512),)
+            _pack_signs_kernel[grid](self.out, self.packed, self.out.numel(), 512, num_warps=4)
+        return self.packed
 
 
 def vectors_per_program(vectors: int) -> int:
@@ -221,13 +200,11 @@ def launch_batch_norm_normalize(
     """(output, sign bits) of x, which lies in memory as ``layout`` says, given mean (C) and invstd (C) or,
     where ``eps`` is given, variance (C). residual: as x, in the same layout."""
     y = torch.empty_like(x)
-    signs = torch.empty((x.numel() + 7) // 8 if save_sign_bits else 0, dtype=torch.uint8, device=x.device)
+    signs = SignBits(save_sign_bits, x, layout)
     if not x.numel():
-        return y, signs
+        return y, signs.packed
     assert residual is None or same_memory(residual, x)
     acc = accumulate_dtype(x.dtype)
-    unpacked = save_sign_bits and layout.vector != 8
-    signs_out = torch.empty(x.numel(), dtype=torch.uint8, device=x.device) if unpacked else signs
     values = parameters(p, x.device, acc)
     tensors = (
         x,
@@ -237,7 +214,7 @@ def launch_batch_norm_normalize(
         weight,
         bias,
         residual,
-        signs_out if save_sign_bits else None,
+        signs.out,
         key,
     )
     scalars = (
@@ -273,6 +250,4 @@ def launch_batch_norm_normalize(
             layout.vector,
             num_warps=4,
         )
-    if unpacked:
-        _pack_signs_kernel[(triton.cdiv(signs.numel(), 512),)](signs_out, signs, x.numel(), 512, num_warps=4)
-    return y, signs
+    return y, signs.finish()

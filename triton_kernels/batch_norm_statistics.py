@@ -150,6 +150,15 @@ def _merge_splits(moments_ptr, splits, channels, column, known, SPLITS: tl.const
 
 
 @triton.jit
+def _fold(running_ptr, channel, folded, factor, value):
+    """Folds a batch's values into a running buffer, or None; a factor of 1 assigns, so that it heals NaN."""
+    if running_ptr is not None:
+        old = tl.load(running_ptr + channel, mask=folded, other=0.0).to(value.dtype)
+        new = tl.where(factor == 1.0, value, (1.0 - factor) * old + factor * value)
+        tl.store(running_ptr + channel, new.to(running_ptr.dtype.element_ty), mask=folded)
+
+
+@triton.jit
 def _finite(x):
     return tl.abs(x) < float("inf")
 
@@ -215,17 +224,9 @@ def _batch_norm_merge_kernel(
             second = 1.0 / tl.sqrt(m2 / tl.maximum(total, 1.0) + _from_bits(eps, ACC))
         tl.store(mean_ptr + column, mean, mask=known)
         tl.store(second_ptr + column, second, mask=known)
-        if running_mean_ptr is not None:
-            # A factor of 1 assigns, so that it heals NaN.
-            folded = known & update & (count > 0)
-            keep = 1.0 - factor
-            old = tl.load(running_mean_ptr + column, mask=folded, other=0.0).to(ACC)
-            new = tl.where(factor == 1.0, mean, keep * old + factor * mean)
-            tl.store(running_mean_ptr + column, new.to(running_mean_ptr.dtype.element_ty), mask=folded)
-            variance = m2 / (count - 1).to(ACC)
-            old = tl.load(running_var_ptr + column, mask=folded, other=0.0).to(ACC)
-            new = tl.where(factor == 1.0, variance, keep * old + factor * variance)
-            tl.store(running_var_ptr + column, new.to(running_var_ptr.dtype.element_ty), mask=folded)
+        folded = known & update & (count > 0)
+        _fold(running_mean_ptr, column, folded, factor, mean)
+        _fold(running_var_ptr, column, folded, factor, m2 / (count - 1).to(ACC))
         if count_ptr is not None and SECOND == "m2":
             low, high = _split_count(count, ACC)
             tl.store(count_ptr, low)

@@ -20,13 +20,13 @@ SHAPE = (8, 64, 56, 56)
 THREADS_PER_SM = 512
 
 
-def launches(dtype, channels_last):
+def launches(dtype, channels_last, shape=SHAPE):
     """Every kernel of a training step and an evaluation forward."""
-    x = torch.empty(SHAPE, dtype=dtype)
+    x = torch.empty(shape, dtype=dtype)
     if channels_last:
         x = x.to(memory_format=torch.channels_last)
     acc = torch.float64 if dtype == torch.float64 else torch.float32
-    one = torch.empty(SHAPE[1], dtype=acc)
+    one = torch.empty(shape[1], dtype=acc)
     tracked = torch.zeros((), dtype=torch.int64)
 
     def step():
@@ -76,3 +76,23 @@ def test_float64_and_float16_compile():
     for dtype, channels_last in ((torch.float64, False), (torch.float16, True)):
         for launch in launches(dtype, channels_last):
             check(launch, dtype, 90)
+
+
+@pytest.mark.parametrize("shape", [(32, 64, 16, 16), (8, 64, 8, 8)], ids=str)
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
+def test_a_small_layer_takes_one_launch_each_way(shape, channels_last):
+    recorded = launches(torch.float32, channels_last, shape)
+    if channels_last and shape[0] == 32:
+        assert len(recorded) == 7
+        return
+    assert [launch.name.split("_kernel")[0] for launch in recorded] == [
+        "_batch_norm_on_chip_forward",
+        "_batch_norm_on_chip_backward",
+        "_batch_norm_forward_channels_last" if channels_last else "_batch_norm_forward",
+    ]
+    for launch in recorded[:2]:
+        built = triton_compile.compile_launch(launch, 90)
+        found = triton_compile.measure(built, launch.name)
+        assert (found.spills, found.stack, found.f64) == (0, 0, 0), launch.name
+        assert found.vector_loads >= 2, launch.name
+        assert found.vector_stores >= 2, launch.name

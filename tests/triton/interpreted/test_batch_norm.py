@@ -5,7 +5,8 @@ import torch
 
 pytest.importorskip("triton")
 
-from modeprobe.triton_kernels import batch_norm, batch_norm_statistics
+from modeprobe.triton_kernels import batch_norm, batch_norm_on_chip, batch_norm_statistics
+from modeprobe.triton_kernels._layout import same_memory
 
 from modeprobe import mask
 
@@ -17,6 +18,16 @@ KEY = mask.key(1234, 5)
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-6}
 # Odd spatial sizes, several programs per channel, channels that are no multiple of a vector, 2-D and 5-D.
 SHAPES = [(4, 3, 7, 7), (5, 9), (3, 2, 9), (2, 8, 4, 4, 2), (6, 2, 40, 24)]
+
+
+@pytest.fixture(autouse=True)
+def launches(request, monkeypatch):
+    """Several launches, but for tests with a parameter ``launches`` that says "one launch"."""
+    if getattr(request, "param", "several launches") != "one launch":
+        monkeypatch.setattr(batch_norm, "on_chip_tile", lambda x, layout: None)
+
+
+both_launches = pytest.mark.parametrize("launches", ["several launches", "one launch"], indirect=True)
 
 
 def with_layout(x, channels_last):
@@ -96,7 +107,8 @@ def test_one_outlying_first_element_does_not_spoil_the_rest():
 @pytest.mark.parametrize("momentum", [0.1, 1.0, None])
 # 70 channels: more than one program of the merge kernel.
 @pytest.mark.parametrize(("channels", "channels_last"), [(3, False), (70, True)])
-def test_running_buffers(momentum, channels, channels_last):
+@both_launches
+def test_running_buffers(launches, momentum, channels, channels_last):
     x = with_layout(torch.randn(3, channels, 2, 3) * 2 + 1, channels_last)
     module = torch.nn.BatchNorm2d(channels, momentum=momentum).double()
     ours = [torch.zeros(channels), torch.ones(channels), torch.tensor(0)]
@@ -108,7 +120,8 @@ def test_running_buffers(momentum, channels, channels_last):
         assert int(ours[2]) == count
 
 
-def test_a_momentum_of_one_heals_nan():
+@both_launches
+def test_a_momentum_of_one_heals_nan(launches):
     x = torch.randn(4, 2, 3, 3)
     mean, var = torch.full((2,), float("nan")), torch.full((2,), float("nan"))
     batch_norm.launch_batch_norm_train(x, None, None, mean, var, torch.tensor(0), None, 1.0, EPS)
@@ -169,34 +182,86 @@ def test_counts_past_two_to_the_24():
     assert_near(variance, torch.tensor([2.0 / (2 * (3 * base + 4))]), 1e-6, "variance")
 
 
-@pytest.mark.parametrize("dtype", list(TOLERANCE))
+# (shape, channels last, elements behind a 16-byte border): sizes, channel counts and addresses that fit no
+# vector, or of which some do; one value per pixel, per channel, per row.
+ODD = [
+    ((4, 3, 7, 7), False, 0),
+    ((4, 3, 7, 7), True, 1),
+    ((2, 8, 4, 2), False, 1),
+    ((2, 8, 4, 2), True, 0),
+    ((5, 9), False, 3),
+    ((2, 1, 1, 9), False, 1),
+    ((1, 5, 13), False, 0),
+    ((7, 65, 1, 1), True, 1),
+    ((2, 11, 1, 3), False, 3),
+    ((3, 12, 5, 1), True, 1),
+    ((2, 3, 2, 3, 5), False, 1),
+    ((33, 2), False, 0),
+]
+
+
+@both_launches
 @pytest.mark.parametrize(
-    ("shape", "channels_last"),
-    [
-        ((4, 3, 7, 7), False),
-        ((4, 3, 7, 7), True),
-        ((2, 8, 4, 2), False),
-        ((2, 8, 4, 2), True),
-        ((5, 9), False),
-    ],
+    ("case", "dtype"),
+    [(case, torch.float32) for case in ODD]
+    + [(case, torch.bfloat16) for case in ODD[::2]]
+    + [(case, dtype) for case in ODD[:3] for dtype in (torch.float64, torch.float16)],
+    ids=str,
 )
-def test_training_forward_and_backward(shape, channels_last, dtype):
-    x = with_layout((torch.randn(shape) * 2 + 1).to(dtype), channels_last)
+def test_training_forward_and_backward(launches, case, dtype):
+    shape, channels_last, shift = case
+    dense = with_layout((torch.randn(shape) * 2 + 1).to(dtype), channels_last)
+    x = dense.new_empty(dense.numel() + shift).as_strided(shape, dense.stride(), shift).copy_(dense)
     weight, bias = parameters(shape[1], dtype)
     grad = torch.randn(shape).to(dtype)  # contiguous, whatever the layout of x
     y, statistics, _ = batch_norm.launch_batch_norm_train(x, weight, bias, None, None, None, None, 0.1, EPS)
     truth, leaves, _ = truth_of(x, weight, bias)
     truth.backward(grad.double())
-    assert y.stride() == x.stride()
+    assert same_memory(y, x)
     assert y.dtype == dtype
     assert_near(y, truth.detach(), TOLERANCE[dtype], "output")
     dx, dweight, dbias, dresidual = batch_norm.launch_batch_norm_backward(
         grad, x, statistics, weight, bias, True, True, True, False
     )
-    assert dx.stride() == x.stride()
+    assert same_memory(dx, x)
     assert dresidual.numel() == 0
     for ours, leaf, what in zip((dx, dweight, dbias), leaves, ("x", "weight", "bias"), strict=True):
         assert_near(ours, leaf.grad, TOLERANCE[dtype], f"gradient of {what}")
+
+
+# (shape, dtype, channels last) -> (programs, vectors in a tile), or None: several launches.
+ON_CHIP = [
+    ((32, 512, 7, 7), torch.bfloat16, False, (512, 2048)),
+    ((32, 256, 14, 14), torch.float32, False, (256, 2048)),
+    ((64, 256, 14, 14), torch.float32, False, None),
+    ((8, 512, 7, 7), torch.float32, True, (64, 1024)),
+    ((16, 512, 8, 8), torch.bfloat16, True, None),
+    ((4096, 256), torch.float32, False, None),
+    ((256, 256), torch.float32, False, (32, 512)),
+    ((64, 65), torch.float32, False, (9, 512)),
+]
+
+
+@pytest.mark.parametrize("case", ON_CHIP, ids=str)
+def test_which_layers_take_one_launch(case):
+    shape, dtype, channels_last, want = case
+    x, layout = batch_norm.layout_of(with_layout(torch.empty(shape, dtype=dtype), channels_last))
+    tile = batch_norm_on_chip.on_chip_tile(x, layout)
+    assert (tile and (tile.programs, tile.rows * tile.columns)) == want
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_one_launch_keeps_the_variance(channels_last, monkeypatch):
+    monkeypatch.setattr(batch_norm, "on_chip_tile", batch_norm_on_chip.on_chip_tile)
+    for x, rtol in ((torch.randn(8, 8, 4, 4) + 1e4, 1e-4), (torch.full((8, 8, 4, 4), 1234.567), 0.0)):
+        x = with_layout(x, channels_last)
+        buffers = torch.zeros(8), torch.ones(8), torch.tensor(0), None
+        y, statistics, _ = batch_norm.launch_batch_norm_train(x, None, None, *buffers, 1.0, EPS)
+        variance = channels_of(x).var(1)
+        torch.testing.assert_close(buffers[1].double(), variance, rtol=rtol, atol=0.0)
+        again = batch_norm.launch_batch_norm_train(x, None, None, *buffers, 1.0, EPS)
+        assert torch.equal(again[0], y)
+        assert torch.equal(again[1], statistics)
 
 
 @pytest.mark.parametrize("channels_last", [False, True])

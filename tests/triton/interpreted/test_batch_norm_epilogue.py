@@ -20,6 +20,12 @@ def assert_near(ours, truth, what):
     torch.testing.assert_close(ours, truth, rtol=5e-6, atol=5e-6, msg=lambda m: f"{what}: {m}")
 
 
+@pytest.fixture(params=["one launch", "several launches"], autouse=True)
+def launches(request, monkeypatch):
+    if request.param != "one launch":
+        monkeypatch.setattr(batch_norm, "on_chip_tile", lambda x, layout: None)
+
+
 def double(*tensors):
     return [None if one is None else one.double() for one in tensors]
 
