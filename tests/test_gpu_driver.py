@@ -1,6 +1,7 @@
 """The driver of `make gpu`, without a GPU: limits, failures, results, and a rehearsal on the CPU."""
 
 import json
+import re
 import sys
 import time
 
@@ -113,6 +114,41 @@ def test_the_layout_imports_like_an_installation(start, tmp_path):
     outcome = gpu.run(session, "import", session.python("-c", code), 60, cwd=tmp_path)
     assert outcome.verdict == "ok", (tmp_path / "import.log").read_text()
     assert outcome.note.startswith(str(tmp_path / "site"))
+
+
+BARE = """
+import sys
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in "rich typer jinja2 numpy matplotlib sklearn transformers".split():
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Absent())
+"""
+
+
+def test_torch_and_pytest_are_all_it_needs(start, tmp_path, monkeypatch):
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "bare" / "sitecustomize.py").write_text(BARE)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "bare"))
+    session = gpu.Session("cpu", "x", tmp_path, tmp_path / "site")
+    gpu.lay_out(session)
+    plain = session.python("-m", "modeprobe.benchmarks.plain", "--device", "cpu", "--output", str(tmp_path))
+    gpu.run(session, "bench", [*plain, "--budget", "0", "--works", "batch_norm"], 60)
+    assert "No time was left" in (tmp_path / "bench.log").read_text()
+    outcome = gpu.pytest(session, "tests", 60, "tests/gpu", "tests/batch_norm/test_values.py")
+    assert outcome.verdict == "ok", (tmp_path / "tests.log").read_text()
+    assert re.fullmatch(r"\d+ skipped.*", outcome.note)
+
+
+@pytest.mark.parametrize(("signs", "verdict"), [("..s.", "ok"), ("..F.", "failed")])
+def test_a_suite_without_time_is_judged_by_what_it_did(start, tmp_path, monkeypatch, signs, verdict):
+    def until_the_limit(session, name, command, limit):
+        (tmp_path / "suite.log").write_text(f"$ python -m pytest\n{signs} [  1%]\n..")
+        return gpu.Outcome(name, "timeout", limit, "stopped after 60 s")
+
+    monkeypatch.setattr(gpu, "run", until_the_limit)
+    outcome = gpu.suite(gpu.Session("cpu", "x", tmp_path, tmp_path), 60)
+    assert (outcome.verdict, outcome.note[-8:]) == (verdict, "5 passed")
 
 
 def test_a_rehearsal_on_the_cpu(start, tmp_path):

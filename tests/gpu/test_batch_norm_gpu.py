@@ -13,6 +13,7 @@ SHAPES = (
     (8, 64, 7, 7),
     (17, 65, 1, 1),
     (4, 256, 14, 14),
+    (32, 128, 28, 28),
     (32, 64, 56, 56),
     (8193, 2, 3, 1),
 )
@@ -61,10 +62,32 @@ def test_training_forward_and_backward(dtype, shape, memory_format):
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
-def test_same_bits_on_every_run(memory_format):
-    x = torch.randn(32, 64, 28, 28, device="cuda").to(memory_format=memory_format)
-    first = ops.batch_norm_moments(x)
-    assert all(torch.equal(first, ops.batch_norm_moments(x)) for _ in range(20))
+@pytest.mark.parametrize("shape", [(32, 64, 56, 56), (16, 512, 7, 7)], ids=["two launches", "one launch"])
+def test_same_bits_on_every_run(shape, memory_format):
+    x = torch.randn(shape, device="cuda").to(memory_format=memory_format)
+
+    def step():
+        y, statistics, _ = ops.batch_norm_train(x, None, None, None, None, None, None, 0.1, 1e-5)
+        return y, statistics, *ops.batch_norm_backward(x, x, statistics, None, None, True, True, True, False)
+
+    first = step()
+    assert all(torch.equal(a, b) for _ in range(20) for a, b in zip(first, step(), strict=True))
+
+
+def test_a_small_layer_takes_one_launch_each_way():
+    from torch.profiler import ProfilerActivity, profile
+
+    x = torch.randn(16, 256, 14, 14, device="cuda", dtype=torch.bfloat16)
+    w = torch.ones(256, device="cuda")
+    buffers = (w.clone(), w.clone(), torch.zeros((), dtype=torch.int64, device="cuda"))
+    for _ in range(2):
+        with profile(activities=[ProfilerActivity.CUDA]) as found:
+            _, statistics, _ = ops.batch_norm_train(x, w, w, *buffers, None, 0.1, 1e-5)
+            ops.batch_norm_backward(x, x, statistics, w, w, True, True, True, False)
+            torch.cuda.synchronize()
+    kernels = [event.key for event in found.key_averages() if "kernel" in event.key or "Mem" in event.key]
+    assert len(kernels) == 2, kernels
+    assert all("on_chip" in kernel for kernel in kernels)
 
 
 def test_graph_replay_counts_each_batch():
