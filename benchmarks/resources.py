@@ -99,7 +99,7 @@ def why_no_tool(name: str = "cuobjdump") -> str | None:
 
 
 def _run(*command: str | Path) -> str:
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=300)
     if done.returncode:
         raise RuntimeError(f"{Path(command[0]).name} failed: {done.stderr.strip() or done.stdout.strip()}")
     return done.stdout
@@ -457,7 +457,8 @@ def rows(resources: list[Resources]) -> list[tuple[str, ...]]:
 
 def markdown(resources: list[Resources], threads: int = 0, blocks: int = 0) -> str:
     """The table as Markdown; with ``threads`` per block, ``blocks`` per SM at most, and what is in flight."""
-    header, body = HEADER, rows(resources)
+    header: tuple[str, ...] = HEADER
+    body = rows(resources)
     if threads:
         header = (*HEADER, IN_FLIGHT)
         waiting = [one.in_flight_per_sm(threads, blocks) for one in resources]

@@ -108,9 +108,9 @@ double mean_of(const float* x, int64_t n, int64_t c, int64_t s, int64_t channel,
   return sum / double(n * s);
 }
 
-// The kernels of one launch against those of two, whose results are in `layer` and `statistics`.
+// The kernels of one launch against those of two, whose results are want_y and `want`, the statistics.
 void sweep_on_chip(Dtype dtype, BatchNorm layer, const Buffer& x, const Buffer& dy, const Buffer& residual,
-                   const Buffer& want) {
+                   const Buffer& want_y, const Buffer& want) {
   const int64_t numel = layer.n * layer.c * layer.s;
   Buffer y(dtype, numel), dx(dtype, numel), d_residual(dtype, numel), d_weight(Dtype::kFloat32, layer.c),
       d_bias(Dtype::kFloat32, layer.c), statistics(Dtype::kFloat32, 2 * layer.c), bits{size_t(numel + 7) / 8};
@@ -125,6 +125,10 @@ void sweep_on_chip(Dtype dtype, BatchNorm layer, const Buffer& x, const Buffer& 
     const float a = reinterpret_cast<float*>(statistics.start)[k],
                 b = reinterpret_cast<float*>(want.start)[k];
     if (!(std::fabs(a - b) <= 1e-5 * (1 + std::fabs(b)))) fail("one launch has other statistics", numel, k);
+  }
+  for (int64_t i = 0; dtype == Dtype::kFloat32 && i < numel; ++i) {
+    const float a = reinterpret_cast<float*>(y.start)[i], b = reinterpret_cast<float*>(want_y.start)[i];
+    if (!(std::fabs(a - b) <= 1e-4 * (1 + std::fabs(b)))) fail("one launch has another output", numel, i);
   }
   layer.residual = residual.start;
   layer.activation = 1;
@@ -171,7 +175,7 @@ void sweep_batch_norm(Dtype dtype, int64_t n, int64_t c, int64_t s, bool channel
     batch_norm_backward(dtype, layer, true, dy.start, x.start, statistics.start, sums.start, dx.start,
                         nullptr, d_weight.start, d_bias.start);
     if (dtype != Dtype::kFloat64 && (c % 8 == 0 || !channels_last))
-      sweep_on_chip(dtype, layer, x, dy, residual, statistics);
+      sweep_on_chip(dtype, layer, x, dy, residual, y, statistics);
     dx.expect_written(dtype, "batch norm leaves its gradient unwritten", numel);
     batch_norm_moments(dtype, layer, x.start, packed.start);
     layer.residual = residual.start;

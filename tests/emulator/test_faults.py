@@ -101,12 +101,12 @@ FAULTS = {
         False,
         "WRONG: one launch has other statistics",
     ),
-    "another block's elements": (
+    "elements of another block": (
         "batch_norm_on_chip.cuh",
         "if (unit.first == 0 && unit.last == kLanesPerChunk)",
         "if (whole)",
         False,
-        "WRONG: batch norm in one launch",
+        "WRONG: one launch has another output",
     ),
     "divergent barrier": (
         "channel_reduce.cuh",

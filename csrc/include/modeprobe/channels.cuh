@@ -101,7 +101,8 @@ struct Slots {
 
 // A walk over one or two tensors in strides, `depth` strides of which are always on their way into shared
 // memory: in registers, a loop would have to be unrolled for them.
-template <typename T, int count, int depth, int tensors>
+// multiple: `end` lies a multiple of `count` behind every position.
+template <typename T, int count, int depth, int tensors, bool multiple = false>
 struct Ahead {
   Slots<T, count> slots;
   const T* from[tensors];  // null: left out
@@ -136,7 +137,8 @@ struct Ahead {
     if (at < end) {
 #pragma unroll
       for (int t = 0; t < tensors; ++t)
-        if (from[t]) slots.fetch(k * tensors + t, from[t], at, end, aligned && at + count <= end);
+        if (from[t])
+          slots.fetch(k * tensors + t, from[t], at, end, aligned && (multiple || at + count <= end));
     }
     end_copy_group();
   }
