@@ -2,7 +2,7 @@
 #   make demo   the guided tour, with modeprobe-tour.html
 #   make test   lint and every test that this machine allows
 #   make lint   ruff, mypy, clang-format, the wall test
-#   make bench  benchmarks against peers (QUICK=1 for a short run)
+#   make bench  benchmarks against peers (QUICK=1 for a short run, PUBLISH=1 to refresh README.md and docs/)
 #   make kernels  registers, vector accesses and instructions of every GPU kernel, from the compilers
 #   make gpu    on a machine with an NVIDIA GPU, offline: build, test, sanitize, measure (STEPS=tests,bench)
 
@@ -14,6 +14,8 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 export MPLBACKEND := Agg
+# `make bench` ends within a quarter of an hour, the making of its environment included.
+STARTED := $(shell date +%s)
 # One process a core below: more threads than cores slow small tensors many times over.
 test: export OMP_NUM_THREADS := 1
 
@@ -32,8 +34,9 @@ lint: $(VENV)/.test
 	git ls-files -- '*.h' '*.cpp' '*.cu' '*.cuh' | xargs $(BIN)/clang-format --dry-run -Werror
 	$(BIN)/python -m pytest -q tests/test_walls.py
 
-bench: $(VENV)/.demo
-	$(BIN)/modeprobe bench $(if $(QUICK),--quick)
+bench: $(VENV)/.bench
+	left=$$(($(STARTED) + 870 - $$(date +%s))); \
+	$(BIN)/modeprobe bench $(if $(QUICK),--quick --within 105,--within $$((left > 240 ? left : 240))) $(if $(PUBLISH),--publish)
 
 kernels: $(VENV)/.test
 	$(BIN)/python -m modeprobe.benchmarks.kernels
@@ -57,6 +60,10 @@ $(VENV)/.extension: $(VENV)/.venv $(SOURCES)
 
 $(VENV)/.demo: $(VENV)/.extension
 	$(PIP) --no-build-isolation -e ".[tour]"
+	@touch $@
+
+$(VENV)/.bench: $(VENV)/.extension
+	$(PIP) "matplotlib>=3.8"
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.extension

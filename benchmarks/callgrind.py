@@ -34,6 +34,8 @@ def counted_works() -> list[Work]:
         norm("forward", (8, 32, 16, 16)),
         norm("forward", (8, 32, 16, 16), layout="channels_last"),
         norm("forward_backward", (8, 32, 16, 16)),
+        norm("forward_backward", (8, 32, 16, 16), layout="channels_last"),
+        norm("evaluation", (8, 32, 16, 16)),
     ]
 
 
@@ -51,8 +53,10 @@ def why_not() -> str | None:
 def count(timeout: float) -> list[dict[str, Any]]:
     """Instructions per call and per element for each counted work and provider.
 
+    What is not counted after ``timeout`` seconds is left out.
+
     Raises:
-        RuntimeError: valgrind is absent, failed, or took longer than ``timeout`` seconds.
+        RuntimeError: valgrind is absent or failed, or not a single count was ready in time.
     """
     reason = why_not()
     if reason:
@@ -67,17 +71,28 @@ def count(timeout: float) -> list[dict[str, Any]]:
             sys.executable,
             "-m",
             __name__,
-            str(Path(folder, "rows.json")),
+            str(Path(folder, "rows.jsonl")),
         ]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+        late = False
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment)
         except subprocess.TimeoutExpired:
-            raise RuntimeError(f"valgrind took longer than {timeout:.0f} s") from None
-        if done.returncode:
-            raise RuntimeError(f"valgrind ended with {done.returncode}: {done.stderr.strip()[-300:]}")
-        rows = json.loads(Path(folder, "rows.json").read_text())
+            late = True
+        else:
+            if done.returncode:
+                raise RuntimeError(f"valgrind ended with {done.returncode}: {done.stderr.strip()[-300:]}")
+        rows = completed(Path(folder, "rows.jsonl"))
+        if late and not rows:
+            raise RuntimeError(f"valgrind counted nothing in {timeout:.0f} s")
         return [finished(row, total(Path(f"{out}.{index}"))) for index, row in enumerate(rows, 1)]
+
+
+def completed(path: Path) -> list[dict[str, Any]]:
+    """The rows that the child has written, one a line, each after its dump."""
+    if not path.is_file():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
 
 
 def finished(row: dict[str, Any], instructions: int) -> dict[str, Any]:
@@ -98,24 +113,23 @@ def total(path: Path) -> int:
 
 
 def child(arguments: Sequence[str]) -> None:
-    """Runs under callgrind: one dump for each work and provider, described in a JSON file."""
+    """Runs under callgrind: one dump for each work and provider, described in a file of JSON lines."""
     import torch
 
     torch.set_num_threads(1)
-    rows = []
-    for work in counted_works():
-        problem = work.setup(work, "cpu")
-        for provider in PROVIDERS:
-            candidate = problem.candidates[provider]()
-            with candidate.context():
-                candidate.run()
-                candidate.run()
-                torch._C._valgrind_toggle()
-                for _ in range(CALLS):
+    with Path(arguments[0]).open("w") as file:
+        for work in counted_works():
+            problem = work.setup(work, "cpu")
+            for provider in PROVIDERS:
+                candidate = problem.candidates[provider]()
+                with candidate.context():
                     candidate.run()
-                torch._C._valgrind_toggle_and_dump_stats()
-            rows.append(
-                {
+                    candidate.run()
+                    torch._C._valgrind_toggle()
+                    for _ in range(CALLS):
+                        candidate.run()
+                    torch._C._valgrind_toggle_and_dump_stats()
+                row = {
                     "name": f"{work.name} {provider}",
                     "work": work.name,
                     "provider": provider,
@@ -123,8 +137,8 @@ def child(arguments: Sequence[str]) -> None:
                     "elements": work.elements,
                     "simd": torch.backends.cpu.get_cpu_capability().lower(),
                 }
-            )
-    Path(arguments[0]).write_text(json.dumps(rows))
+                file.write(json.dumps(row) + "\n")
+                file.flush()
 
 
 if __name__ == "__main__":

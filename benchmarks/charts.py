@@ -1,4 +1,4 @@
-"""Charts of a results file: speed against size, bars per layer, memory, models, and the summary."""
+"""Charts of a results file: the headline, the summary, speed against size, bars per layer, memory, models."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from .check import targets
+from .check import named, targets
 from .registry import item_size
 from .results import Results
-from .tables import by_work, group_names, members, section, size
+from .tables import by_work, group_names, in_words, members, section, size, times
 
 # Okabe and Ito's colours, told apart by colour-blind readers too.
 COLORS = {
@@ -30,6 +30,7 @@ MARKERS = {
     "torch.compile": "^",
 }
 OTHERS = "#CC79A7"
+SLOWER = "#D55E00"
 INK = "#1f2937"
 
 
@@ -45,6 +46,15 @@ class Chart:
 
 def every_chart(results: Results) -> Iterator[Chart]:
     """The charts that the results have data for, the summary first."""
+    if named(results):
+        device = "cuda" if results["machine"]["gpu"] else "cpu"
+        yield Chart(
+            f"headline-{device}",
+            "How many times as fast as torch",
+            "Median ratio of times in one process, round by round; the line spans the 20th to the 80th "
+            "percentile. The triangle is torch.compile on the same scale.",
+            partial(headline, results),
+        )
     for device in dict.fromkeys(row["device"] for row in results["results"]):
         if summary_rows(results, device):
             yield Chart(
@@ -139,6 +149,65 @@ def shown(groups: Sequence[dict[str, dict[str, Any]]]) -> list[str]:
     return [name for name in (*order, *rest, *ours) if name in found]
 
 
+def headline(results: Results) -> Any:
+    """A bar per headline work: its speed in torch's, to the right of 1 where it is faster."""
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+    rows = named(results)
+    drawing, axes = figure(9.0, 1.5 + 0.36 * len(rows))
+    far = [1.0]
+    compiled = None
+    for place, (_, group) in enumerate(rows):
+        faster = group["modeprobe"]["ratios"].get("torch")
+        if faster is None:
+            continue
+        low, middle, high = faster
+        tone = COLORS["modeprobe"] if middle >= 1 else SLOWER
+        axes.barh(place, middle - 1, 0.62, left=1.0, color=tone, zorder=2)
+        axes.plot([low, high], [place, place], color=INK, lw=1.2, zorder=3)
+        far += [low, high]
+        clear = max(high, 1.0)
+        peer = group.get("torch.compile")
+        theirs = peer["ratios"].get("torch") if peer else None
+        if theirs:
+            (compiled,) = axes.plot(
+                theirs[1],
+                place,
+                MARKERS["torch.compile"],
+                color=COLORS["torch.compile"],
+                ms=7,
+                mec="w",
+                zorder=4,
+            )
+            far.append(theirs[1])
+            clear = max(clear, 1.08 * theirs[1])
+        text = f" {times(middle)}"
+        axes.annotate(text, (clear, place), ha="left", va="center", color=tone, fontweight="bold")
+    axes.axvline(1.0, color=INK, lw=1)
+    axes.set_xscale("log")
+    axes.set_xlim(min(far) / 1.3, max(far) * 1.9)
+    ticks = [tick for tick in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200) if min(far) / 2 <= tick]
+    axes.xaxis.set_major_locator(FixedLocator(ticks))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}x"))
+    axes.set_yticks(range(len(rows)), [words for words, _ in rows])
+    axes.tick_params(axis="y", length=0)
+    axes.invert_yaxis()
+    axes.grid(axis="y", visible=False)
+    axes.set_xlabel("speed in torch's: right of 1 modeprobe is faster, left of it slower (log scale)")
+    if compiled is not None:
+        axes.legend([compiled], ["torch.compile, in torch's speed"], loc="lower right")
+    axes.set_title(f"modeprobe beside torch: {where(results)}", loc="left", fontsize=10, color=INK)
+    return drawing
+
+
+def where(results: Results) -> str:
+    machine = results["machine"]
+    if machine["gpu"]:
+        return machine["gpu"]["name"]
+    return f"{machine['cpu']}, {machine['threads']} threads, {machine['simd']}"
+
+
 def summary_rows(results: Results, device: str) -> list[tuple[str, dict[str, dict[str, Any]]]]:
     """(words, provider -> row) for each work that a target names and modeprobe has a figure for."""
     groups = by_work(results["results"])
@@ -156,25 +225,19 @@ def summary_rows(results: Results, device: str) -> list[tuple[str, dict[str, dic
     return list(found.values())
 
 
-def in_words(target: dict[str, Any]) -> str:
-    """The target's text, with its family in front where the text does not say it."""
-    text, family = target["text"], "BatchNorm" if target["family"] == "batch_norm" else "Dropout"
-    named = "dropout" in text.lower() or "batchnorm" in text.lower()
-    return text if named else f"{family}: {text}"
-
-
 def summary(results: Results, device: str) -> Any:
     from matplotlib.ticker import FuncFormatter, NullFormatter
 
     rows = summary_rows(results, device)
     providers = shown([group for _, group in rows])
     drawing, axes = figure(9.5, 1.2 + 0.27 * len(rows))
-    named: set[str] = set()
-    for place, (_, group) in enumerate(rows):
-        for provider in providers:
+    seen: set[str] = set()
+    for row_place, (_, group) in enumerate(rows):
+        for index, provider in enumerate(providers):
             row = group.get(provider)
             if row is None or not row["of_copy"]:
                 continue
+            place = row_place + 0.2 * (index - (len(providers) - 1) / 2)
             low, middle, high = (1 / value for value in reversed(row["of_copy"]))
             axes.plot([low, high], [place, place], color=color(provider), lw=2, alpha=0.6, zorder=2)
             axes.plot(
@@ -182,11 +245,11 @@ def summary(results: Results, device: str) -> Any:
                 place,
                 MARKERS.get(provider, "v"),
                 color=color(provider),
-                ms=8 if provider == "modeprobe" else 6,
+                ms=7 if provider == "modeprobe" else 5,
                 zorder=4 if provider == "modeprobe" else 3,
-                label=provider if provider not in named else None,
+                label=provider if provider not in seen else None,
             )
-            named.add(provider)
+            seen.add(provider)
     axes.axvline(1.0, color=INK, lw=1, ls="--")
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}x"))
@@ -194,14 +257,14 @@ def summary(results: Results, device: str) -> Any:
     axes.set_yticks(range(len(rows)), [words for words, _ in rows])
     axes.invert_yaxis()
     axes.grid(axis="y", color="#f3f4f6")
-    axes.set_xlabel("time over that of a copy of the same bytes")
+    axes.set_xlabel("time over that of a copy of the same bytes (log scale; left is faster)", loc="right")
     axes.margins(y=0.02)
     legend(axes)
     return drawing
 
 
 def sizes(results: Results, group: str, device: str, dtype: str) -> Any:
-    from matplotlib.ticker import FuncFormatter
+    from matplotlib.ticker import FixedLocator, FuncFormatter
 
     rows = [row for row in members(results, group) if row["device"] == device and row["dtype"] == dtype]
     layouts = list(dict.fromkeys(row["layout"] for row in rows))
@@ -210,20 +273,33 @@ def sizes(results: Results, group: str, device: str, dtype: str) -> Any:
         # The flat inputs have no layout: they open both curves.
         mine = [row for row in rows if row["layout"] == layout or len(row["shape"]) < 3]
         groups = sorted(by_work(mine).values(), key=lambda item: next(iter(item.values()))["elements"])
-        for floor, style in (("x.clone()", "--"), ("y.copy_(x)", ":")):
-            draw_line(axes, groups, floor, INK, linestyle=style, linewidth=1.2, passes=2)
+        for floor, style, words in FLOORS:
+            draw_line(axes, groups, floor, INK, words, linestyle=style, linewidth=1.2, passes=2)
         for provider in shown(groups):
-            marker = MARKERS.get(provider, "v")
-            draw_line(axes, groups, provider, color(provider), marker=marker, markersize=4, linewidth=1.8)
+            marker, line = MARKERS.get(provider, "v"), "-"
+            if sum(bool(provider in group and group[provider]["seconds"]) for group in groups) < len(groups):
+                line = ""  # measured at a few sizes only: a line would tell what lies between
+            draw_line(
+                axes, groups, provider, color(provider), provider, marker=marker, markersize=5, linestyle=line
+            )
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
+        powers = sorted({next(iter(group.values()))["elements"] for group in groups})
+        axes.xaxis.set_major_locator(FixedLocator(powers))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.set_xlabel("elements")
         if len(layouts) > 1:
             axes.set_title(layout)
-    grid[0][0].set_ylabel("GB/s")
-    grid[0][0].legend(loc="upper left")
+    grid[0][0].set_ylabel("GB/s (log scale)")
+    # Speed grows with size up to the caches': the lower right stays empty.
+    grid[0][-1].legend(loc="lower right", frameon=True, framealpha=0.9, edgecolor="none")
     return drawing
+
+
+FLOORS = (
+    ("x.clone()", "--", "roof: copy into fresh memory"),
+    ("y.copy_(x)", ":", "roof: copy into existing memory"),
+)
 
 
 def draw_line(
@@ -231,6 +307,7 @@ def draw_line(
     groups: Sequence[dict[str, dict[str, Any]]],
     provider: str,
     color: str,
+    words: str,
     passes: float | None = None,
     **options: Any,
 ) -> None:
@@ -246,7 +323,7 @@ def draw_line(
     if not points:
         return
     x = [point[0] for point in points]
-    axes.plot(x, [point[2] for point in points], color=color, label=provider, **options)
+    axes.plot(x, [point[2] for point in points], color=color, label=words, **options)
     axes.fill_between(x, [p[3] for p in points], [p[1] for p in points], color=color, alpha=0.15, lw=0)
 
 
@@ -255,24 +332,34 @@ def bars(
     names: Sequence[str],
     groups: Sequence[dict[str, dict[str, Any]]],
     value: Callable[[dict[str, Any]], float | None],
+    written: str = "",
 ) -> None:
+    """A bar per provider and group that has a value; ``written`` is the format of a figure above each."""
     providers = shown(groups)
     width = 0.8 / max(len(providers), 1)
     for index, provider in enumerate(providers):
-        heights = [value(group[provider]) if provider in group else None for group in groups]
-        axes.bar(
-            [place + (index - (len(providers) - 1) / 2) * width for place in range(len(groups))],
-            [height or 0.0 for height in heights],
+        heights = {
+            place: height
+            for place, group in enumerate(groups)
+            if provider in group and (height := value(group[provider])) is not None
+        }
+        drawn = axes.bar(
+            [place + (index - (len(providers) - 1) / 2) * width for place in heights],
+            list(heights.values()),
             width * 0.92,
             color=color(provider),
             label=provider,
         )
+        if written:
+            axes.bar_label(drawn, fmt=written, fontsize=7, color=INK)
     axes.set_xticks(range(len(names)), names)
     axes.grid(axis="x", visible=False)
     legend(axes)
 
 
 def layers(results: Results, group: str) -> Any:
+    from matplotlib.ticker import FuncFormatter
+
     groups = list(by_work(members(results, group)).values())
     names = []
     for item in groups:
@@ -287,10 +374,13 @@ def layers(results: Results, group: str) -> Any:
             row = next(iter(item.values()))
             tensor = row["elements"] * item_size(row["dtype"])
             floor = clone["seconds"][1] * 1e3 * row["bytes"] / (2 * tensor)
-            axes.plot([place - 0.45, place + 0.45], [floor, floor], color=INK, lw=1.5, ls="--")
+            label = None if place else "roof: copy of the same bytes"
+            axes.plot([place - 0.45, place + 0.45], [floor, floor], color=INK, lw=1.5, ls="--", label=label)
     axes.set_yscale("log")
-    axes.set_ylabel("ms")
-    axes.set_xlabel("channels x height²; × layers in ResNet-50. Dashed: copying the same bytes")
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.set_ylabel("ms for one layer (log scale)")
+    axes.set_xlabel("channels x height², and how many such layers ResNet-50 has")
+    legend(axes)
     return drawing
 
 
@@ -350,7 +440,7 @@ def models(results: Results) -> Any:
             return None
         return 1.0 if row["provider"] == "torch" else 1 / row["ratios"]["torch"][1] if row["ratios"] else None
 
-    bars(axes, names, groups, relative)
+    bars(axes, names, groups, relative, "{:.2f}")
     axes.axhline(1.0, color=INK, lw=1, ls="--")
     axes.set_ylabel("time of a step, torch = 1 (lower is faster)")
     return drawing

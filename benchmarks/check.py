@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import json
+import subprocess
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
@@ -17,6 +18,7 @@ from .results import Results
 COPY = "copy bandwidth"
 INSTRUCTIONS = "instructions per element"
 NO_GPU = "not yet run on a GPU"
+NO_REASON = "no reason given; add a why to benchmarks/targets.json"
 
 
 @dataclass(frozen=True)
@@ -28,8 +30,9 @@ class Verdict:
         measured: 20th, 50th and 80th percentile in the bound's unit; the median decides.
         verdict: "met", "missed", "not measured", "not yet run on a GPU", or a row's own status when it
             has no time.
-        row: the work that decided, where several match.
+        row: the work that decided.
         why: the reason of a miss, or of a figure that is absent.
+        run: the run in which the row that decided was measured.
     """
 
     family: str
@@ -40,6 +43,7 @@ class Verdict:
     verdict: str
     row: str = ""
     why: str = ""
+    run: str = ""
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -57,11 +61,37 @@ def priority(work: Work, device: str) -> int:
     for target in targets():
         if target["device"] != device:
             continue
-        if "work" in target and (work.name == target["work"] or fnmatchcase(work.name, target["work"])):
+        if fits(work.name, target):
             return 0
         if "group" in target and any(fnmatchcase(name, target["group"]) for name in work.groups):
             best = 1
     return best
+
+
+def named(results: Results) -> list[tuple[str, dict[str, dict[str, Any]]]]:
+    """(headline, provider -> row) for each target with a headline that modeprobe has a time for.
+
+    A target that names a pattern stands for the first work that fits.
+    """
+    device = "cuda" if results["machine"]["gpu"] else "cpu"
+    groups: dict[str, dict[str, dict[str, Any]]] = {}
+    for row in results["results"]:
+        if row["device"] == device:
+            groups.setdefault(row["work"], {})[row["provider"]] = row
+    found = []
+    for target in targets():
+        if "headline" not in target or target["device"] != device:
+            continue
+        fitting = (group for name, group in groups.items() if fits(name, target))
+        for group in fitting:
+            if "modeprobe" in group and group["modeprobe"]["seconds"]:
+                found.append((target["headline"], group))
+                break
+    return found
+
+
+def fits(name: str, target: dict[str, Any]) -> bool:
+    return "work" in target and (name == target["work"] or fnmatchcase(name, target["work"]))
 
 
 def check(
@@ -86,59 +116,70 @@ def check(
 def judge(
     target: dict[str, Any], bound: dict[str, Any], results: Results, instructions: Mapping[str, float]
 ) -> Verdict:
-    def verdict(measured: list[float] | None, word: str, row: str = "", why: str = "") -> Verdict:
-        reason = why or (target.get("why", "") if word == "missed" else "")
+    def verdict(
+        measured: list[float] | None, word: str, why: str = "", row: dict[str, Any] | None = None
+    ) -> Verdict:
+        if word == "missed":
+            why = bound.get("why") or target.get("why") or NO_REASON
         return Verdict(
-            target["family"], target["device"], target["text"], words(bound), measured, word, row, reason
+            family=target["family"],
+            device=target["device"],
+            text=target["text"],
+            bound=words(bound),
+            measured=measured,
+            verdict=word,
+            row=row["work"] if row else "",
+            why=why,
+            run=row.get("run", "") if row else "",
         )
 
     if bound["against"] == INSTRUCTIONS:
         count = instructions.get(target["work"])
         if count is None:
-            return verdict(None, "not measured", why="needs the library built with CUDA kernels")
+            return verdict(None, "not measured", "needs the library built with CUDA kernels")
         return verdict([count] * 3, "met" if count <= bound["at_most"] else "missed")
     rows = matching(target, results)
     if not rows:
         return verdict(None, NO_GPU if target["device"] == "cuda" else "not measured")
     bad = next((row for row in rows if row["status"] != "ok"), None)
     if bad is not None:
-        return verdict(None, bad["status"], bad["work"], bad["reason"])
-    figures = [(figure, row["work"]) for row in rows if (figure := measured(row, bound)) is not None]
+        return verdict(None, bad["status"], bad["reason"], bad)
+    figures = [(figure, row) for row in rows if (figure := measured(row, bound)) is not None]
     if not figures:
-        return verdict(None, "not measured", why=f"{bound['against']} has no time")
+        return verdict(None, "not measured", f"{bound['against']} has no time")
     if "at_least" in bound:
-        worst, name = min(figures, key=lambda pair: pair[0][1])
+        worst, row = min(figures, key=lambda pair: pair[0][1])
         met = worst[1] >= bound["at_least"]
     else:
-        worst, name = max(figures, key=lambda pair: pair[0][1])
+        worst, row = max(figures, key=lambda pair: pair[0][1])
         met = worst[1] <= bound["at_most"]
-    return verdict(worst, "met" if met else "missed", name if len(rows) > 1 else "")
+    return verdict(worst, "met" if met else "missed", row=row)
 
 
 @functools.cache
 def sass_instructions() -> dict[str, float]:
     """Instructions per element by kernel and architecture, from the built library.
 
-    Empty where it has no CUDA kernels. Reading takes seconds, once per process.
+    Empty where it has no CUDA kernels, or where the tool that reads them fails or takes too long.
     """
     try:
         kernels = importlib.import_module(".kernels", __package__)
         path = None if kernels.resources.why_no_tool() else kernels.library()
         found = kernels.cuda_kernels(path) if path else []
-    except (ImportError, OSError, RuntimeError):
+    except (ImportError, OSError, RuntimeError, subprocess.SubprocessError):
         return {}
     return {f"{one.kernel} {one.arch}": one.per_element for one in found if one.per_element is not None}
 
 
 def matching(target: dict[str, Any], results: Results) -> list[dict[str, Any]]:
-    def fits(row: dict[str, Any]) -> bool:
+    def speaks_of(row: dict[str, Any]) -> bool:
         if row["device"] != target["device"] or row["provider"] != "modeprobe":
             return False
         if "group" in target:
             return any(fnmatchcase(group, target["group"]) for group in row["groups"])
-        return row["work"] == target["work"] or fnmatchcase(row["work"], target["work"])
+        return fits(row["work"], target)
 
-    return [row for row in results["results"] if fits(row)]
+    return [row for row in results["results"] if speaks_of(row)]
 
 
 def measured(row: dict[str, Any], bound: dict[str, Any]) -> list[float] | None:

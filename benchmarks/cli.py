@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
@@ -15,9 +16,11 @@ if TYPE_CHECKING:
     from .registry import Work
     from .results import Results
 
-FULL_BUDGET = 720.0
-COUNT_SECONDS = 120.0  # for valgrind, on top of the budget of the measurements
-QUICK_BUDGET = 90.0
+FULL_SECONDS = 870.0  # of a whole run: a quarter of an hour, less the time to start
+QUICK_SECONDS = 110.0
+COUNT_SHARE = 0.2  # of a whole run, for valgrind
+RENDER_SECONDS = 75.0  # for charts, the page, and reading the library's machine code
+QUICK_RENDER_SECONDS = 25.0
 
 
 def bench(
@@ -48,12 +51,22 @@ def bench(
     ] = None,
     publish: Annotated[
         bool,
-        typer.Option("--publish", help="Also refresh the picture and the tables in README.md and docs/."),
+        typer.Option(
+            "--publish",
+            help="Also refresh the pictures and tables in README.md and docs/ (with --report: without "
+            "measuring).",
+        ),
     ] = False,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     budget: Annotated[
         Optional[float],  # noqa: UP045
         typer.Option(metavar="SECONDS", help="Time for the measurements; what does not fit is left out."),
+    ] = None,
+    within: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option(
+            metavar="SECONDS", help="Time for the whole run: measurements, instruction counts, charts."
+        ),
     ] = None,
     output: Annotated[
         Optional[Path],  # noqa: UP045
@@ -61,7 +74,11 @@ def bench(
     ] = None,
     machine: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option(metavar="NAME", help="Name of the machine's folder; by default from its GPU or CPU."),
+        typer.Option(
+            metavar="NAME",
+            help="The machine's folder; by default this machine's, named after its GPU, or its CPU, "
+            "CPU generation and instruction set.",
+        ),
     ] = None,
     instructions: Annotated[
         bool,
@@ -89,11 +106,15 @@ def bench(
                 console.print(work.name, markup=False, highlight=False)
             return
         if not report:
-            whole = budget is None and works is None and not quick
-            budget = budget if budget is not None else (QUICK_BUDGET if quick else FULL_BUDGET)
+            counting = instructions and works is None and budget is None and not quick and device == "cpu"
+            until = time.monotonic() + (within or (QUICK_SECONDS if quick else FULL_SECONDS))
+            rendering = QUICK_RENDER_SECONDS if quick else RENDER_SECONDS
+            if budget is None:
+                share = COUNT_SHARE if counting else 0.0
+                budget = max(10.0, (1 - share) * (until - time.monotonic()) - rendering)
             measure_all(console, path, device, works, quick, budget)
-            if instructions and whole and device == "cpu":
-                count_instructions(console, path)
+            if counting:
+                count_instructions(console, path, until - time.monotonic() - rendering)
         render(console, path, publish)
     except (ValueError, FileNotFoundError) as error:
         raise typer.BadParameter(str(error)) from None
@@ -139,11 +160,12 @@ def measure_all(
 
     chosen = selected(device, pattern, quick)
     found = results.load(path) if path.is_file() else results.empty(device)
+    found["machine"]["name"] = path.parent.name
     load, cores = results.load_average(), found["machine"]["cores"] or 1
     if load is not None and load > 0.5 * cores:
         console.print(f"The machine is busy (load {load} on {cores} cores): figures will be noisy.")
-    console.print(f"{len(chosen)} works on {results.machine(device)['name']}, at most {budget:.0f} s")
-    with Progress(console, len(chosen)) as progress:
+    console.print(f"{len(chosen)} works on {path.parent.name}, at most {budget:.0f} s")
+    with Progress(console, len(chosen), budget) as progress:
         late = runner.run(
             chosen,
             device,
@@ -158,13 +180,13 @@ def measure_all(
         console.print(f"No time was left for {len(late)} works, {late[0].name} the first; see --budget")
 
 
-def count_instructions(console: Any, path: Path) -> None:
+def count_instructions(console: Any, path: Path, timeout: float) -> None:
     """Adds callgrind's counts to the results; says so where there are none."""
     from . import callgrind, results
 
-    console.print("Counting instructions with valgrind")
+    console.print(f"Counting instructions with valgrind, at most {timeout:.0f} s")
     try:
-        rows = callgrind.count(COUNT_SECONDS)
+        rows = callgrind.count(max(timeout, 1.0))
     except RuntimeError as error:
         console.print(f"No instruction counts: {error}", markup=False)
         return
@@ -174,13 +196,13 @@ def count_instructions(console: Any, path: Path) -> None:
 
 
 class Progress:
-    """A line per work, above a bar when the output is a terminal."""
+    """A line per work with the time gone and the time left, above a bar when the output is a terminal."""
 
-    def __init__(self, console: Any, total: int):
+    def __init__(self, console: Any, total: int, budget: float, now: Callable[[], float] = time.monotonic):
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
         from rich.progress import Progress as Bar
 
-        self.console = console
+        self.console, self.total, self.budget, self.now = console, total, budget, now
         self.bar = Bar(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -191,7 +213,8 @@ class Progress:
             disable=not console.is_terminal,
         )
         self.task = self.bar.add_task("measuring", total=total)
-        self.start = time.monotonic()
+        self.finished = 0
+        self.start = now()
 
     def __enter__(self) -> Progress:
         self.bar.start()
@@ -201,9 +224,15 @@ class Progress:
         self.bar.stop()
 
     def done(self, work: Work, rows: Sequence[Row]) -> None:
+        self.finished += 1
+        gone = self.now() - self.start
+        # The works ahead cost what those behind did, or what the budget still has.
+        ahead = min(self.budget - gone, gone / self.finished * (self.total - self.finished))
         self.bar.advance(self.task)
         self.console.print(
-            f"{time.monotonic() - self.start:5.0f} s  {line(work, rows)}", markup=False, highlight=False
+            f"{self.finished:3}/{self.total} {gone:4.0f} s, {max(ahead, 0):3.0f} s left  {line(work, rows)}",
+            markup=False,
+            highlight=False,
         )
 
 
@@ -223,9 +252,9 @@ def line(work: Work, rows: Sequence[Row]) -> str:
 
 
 def render(console: Any, path: Path, publish: bool) -> None:
-    from . import page, results, tables
+    from . import page, publication, results, tables
 
-    found = refreshed(results.load(path))
+    found = refreshed(results.load(path), quick=path.parent.name.endswith("-quick"))
     results.save(found, path)
     for table in tables.every_table(found):
         table.print(console)
@@ -239,7 +268,8 @@ def render(console: Any, path: Path, publish: bool) -> None:
         root = results.checkout()
         if root is None:
             raise ValueError("publish: refreshes a source tree, and this is an installed package")
-        for file in page.publish(found, path.parent / "charts", root):
+        others = [refreshed(other) for other in results.others(path, found)]
+        for file in publication.publish(found, others, path.parent / "charts", root):
             console.print(f"refreshed: {file}", soft_wrap=True)
 
 
@@ -254,23 +284,38 @@ def drawn(found: Results, folder: Path) -> tuple[dict[str, Any], str]:
     return charts.write(found, folder), ""
 
 
-def refreshed(found: Results) -> Results:
-    """The results with verdicts of today's targets."""
+def refreshed(found: Results, quick: bool = False) -> Results:
+    """The results with verdicts of today's targets; a quick one does not read the library's machine code."""
     from .check import check, sass_instructions
 
-    verdicts = check(found, instructions=sass_instructions())
-    found["targets"] = [verdict.as_dict() for verdict in verdicts]
+    read = {
+        (item["text"], item["bound"]): item
+        for item in found["targets"]
+        if item["device"] == "sass" and item["measured"]
+    }
+    verdicts = [
+        verdict.as_dict() for verdict in check(found, instructions={} if quick else sass_instructions())
+    ]
+    # What an earlier reading gave stands where this library cannot be read.
+    found["targets"] = [
+        item if item["measured"] else read.get((item["text"], item["bound"]), item) for item in verdicts
+    ]
     return found
 
 
 def print_targets(console: Any, path: Path) -> int:
     from . import results, tables
+    from .check import NO_REASON
 
     found = refreshed(results.load(path))
-    for table in tables.target_tables(found["targets"]):
+    for table in tables.target_tables(found):
         table.print(console)
-    bad = sum(item["verdict"] in ("missed", "wrong", "failed") for item in found["targets"])
-    return 1 if bad else 0
+    words = Counter(item["verdict"] for item in found["targets"])
+    console.print(", ".join(f"{count} {word}" for word, count in words.items()))
+    unexplained = sum(item["why"] == NO_REASON for item in found["targets"])
+    if unexplained:
+        console.print(f"{unexplained} missed without a reason")
+    return 1 if any(words[word] for word in ("missed", "wrong", "failed")) else 0
 
 
 def print_comparison(console: Any, output: Path | None, a: str, b: str) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import gc
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 
-from . import memory
+from . import allocator, memory
 from .compiled import first_line
 from .registry import Candidate, Problem, Unavailable, Work
 from .timing import Clock, Contender, Limits, Spread, clock_for, race, ratio
@@ -34,6 +35,7 @@ class Row:
             with the work's bytes.
         saved_bytes: what autograd keeps of one forward pass.
         peak_bytes: allocated on the CUDA device by one run.
+        setup_seconds: from nothing to the judged first result, compilation included.
     """
 
     work: str
@@ -59,6 +61,7 @@ class Row:
     of_copy: list[float] | None = None
     saved_bytes: int | None = None
     peak_bytes: int | None = None
+    setup_seconds: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -93,6 +96,8 @@ def measure(
         if candidate is not None:
             ready[name] = candidate
     contenders = [Contender(name, candidate.run, candidate.context) for name, candidate in ready.items()]
+    if device == "cpu":
+        allocator.give_back()
     try:
         samples = race(contenders, clock or clock_for(device, work.elements), limits)
     except torch.OutOfMemoryError as error:
@@ -109,11 +114,13 @@ def prepare(
 ) -> tuple[Row, Candidate | None]:
     """Sets a provider up, runs it once, judges the result and counts its memory."""
     own = row(work, name, device, floor=floor)
+    start = time.perf_counter()
     try:
         candidate = setup()
         with candidate.context():
             outcome = candidate.run()
             fault = None if floor else problem.verify(outcome)
+            own.setup_seconds = round(time.perf_counter() - start, 3)
             if fault is None and not floor:
                 if candidate.forward is not None:
                     own.saved_bytes = memory.saved_bytes(candidate.forward)

@@ -3,8 +3,9 @@
 The file is JSON::
 
     {"schema": 1,
-     "machine": {"name", "cpu", "cores", "threads", "simd", "memory_gib", "gpu", "system"},
-     "runs": {"<run>": {"date", "commit", "versions", "rivals", "options", "load"}},
+     "machine": {"name", "cpu", "generation", "cores", "threads", "simd", "memory_gib", "huge_pages", "gpu",
+                 "system"},
+     "runs": {"<run>": {"date", "commit", "versions", "rivals", "limits", "allocator", "load"}},
      "results": [a measure.Row each, with "run"],
      "instructions": [a callgrind row each, with "run"],
      "targets": [a verdict each]}
@@ -29,6 +30,16 @@ import torch
 
 SCHEMA = 1
 KEYS = {"results": ("device", "work"), "instructions": ("name",)}
+# What two sets of figures must share to stand in one file.
+IDENTITY = ("cpu", "generation", "cores", "threads", "simd")
+GPU_IDENTITY = ("name", "memory_gib", "multiprocessors", "capability")
+# What decides how fast a work runs: the kernels and the Python on the way to them.
+KERNEL_SOURCES = (
+    "csrc",
+    "triton_kernels",
+    "setup.py",
+    *(f"modeprobe/{part}" for part in ("_extension.py", "mask.py", "ops", "functional", "nn")),
+)
 
 Results = dict[str, Any]
 
@@ -46,12 +57,15 @@ def default_folder() -> Path:
 
 
 def machine(device: str) -> dict[str, Any]:
+    """The machine, under a name that another CPU generation, instruction set or GPU does not share."""
     found: dict[str, Any] = {
         "cpu": cpu_name(),
+        "generation": generation(cpu_facts()),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "simd": torch.backends.cpu.get_cpu_capability(),
         "memory_gib": memory_gib(),
+        "huge_pages": huge_pages(),
         "system": f"{platform.system()} {platform.release()}",
         "gpu": None,
     }
@@ -64,9 +78,40 @@ def machine(device: str) -> dict[str, Any]:
             "capability": f"{properties.major}.{properties.minor}",
             "l2_bytes": getattr(properties, "L2_cache_size", None),
         }
-    name = found["gpu"]["name"] if found["gpu"] else f"{found['cpu']} {found['cores']} cores"
-    found["name"] = slug(name)
+    found["name"] = machine_name(found)
     return found
+
+
+def machine_name(found: dict[str, Any]) -> str:
+    """``nvidia-h100-80gb-hbm3``, or ``amd-epyc-family-23-model-1-avx2-2-cores``."""
+    if found["gpu"]:
+        return slug(found["gpu"]["name"])
+    parts = [found["cpu"], found["generation"], found["simd"], f"{found['cores']} cores"]
+    if found["threads"] != found["cores"]:
+        parts.append(f"{found['threads']} threads")
+    return "-".join(slug(part) for part in parts if part)
+
+
+def identity(found: dict[str, Any]) -> dict[str, Any]:
+    """What tells a machine from another one; a CPU beside a GPU is not part of it."""
+    if found["gpu"]:
+        return {key: found["gpu"].get(key) for key in GPU_IDENTITY}
+    return {key: found.get(key) for key in IDENTITY}
+
+
+def require_same_machine(results: Results, here: dict[str, Any], path: Path) -> None:
+    """
+    Raises:
+        ValueError: the results were measured on another machine, so rows of two would stand in one table.
+    """
+    theirs, ours = identity(results["machine"]), identity(here)
+    if theirs != ours:
+        differing = [key for key in {**theirs, **ours} if theirs.get(key) != ours.get(key)]
+        raise ValueError(
+            f"machine: {path} was measured on another one: "
+            + ", ".join(f"{key} {theirs.get(key)!r}, here {ours.get(key)!r}" for key in differing)
+            + "; give this machine a folder of its own with --machine or --output"
+        )
 
 
 def slug(text: str) -> str:
@@ -75,13 +120,37 @@ def slug(text: str) -> str:
 
 
 def cpu_name() -> str:
+    return cpu_facts().get("model name") or platform.processor() or platform.machine()
+
+
+def cpu_facts() -> dict[str, str]:
+    """The first processor's fields of ``/proc/cpuinfo``; empty where there is none."""
+    facts: dict[str, str] = {}
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
+            key, _, value = line.partition(":")
+            facts.setdefault(key.strip(), value.strip())
     except OSError:
         pass
-    return platform.processor() or platform.machine()
+    return facts
+
+
+def generation(facts: dict[str, str]) -> str:
+    """Family and model on x86, implementer and part on ARM: the marketing name alone spans generations."""
+    if "cpu family" in facts:
+        return f"family {facts['cpu family']} model {facts.get('model', '?')}"
+    if "CPU part" in facts:
+        return f"implementer {facts.get('CPU implementer', '?')} part {facts['CPU part']}"
+    return ""
+
+
+def huge_pages() -> str | None:
+    """``always``, ``madvise`` or ``never``: how large fresh memory is mapped."""
+    try:
+        chosen = re.search(r"\[(\w+)\]", Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text())
+    except OSError:
+        return None
+    return chosen[1] if chosen else None
 
 
 def memory_gib() -> float | None:
@@ -106,22 +175,38 @@ def versions() -> dict[str, str | None]:
 
 
 def commit() -> str | None:
-    """The commit of the source tree, with "+" when files under version control differ from it."""
+    """The commit of the source tree, with "+" when files under version control differ from it.
+
+    Documents and saved results do not count: publishing changes them.
+    """
+    apart = (":!benchmarks/results", ":!docs", ":!*.md")
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", *apart)
+    head = git("rev-parse", "--short=12", "HEAD")
+    return None if head is None else head + ("+" if changed else "")
+
+
+def older_kernels(measured: str | None) -> bool:
+    """Whether the kernels of this source tree differ from those of a measured commit, as far as git knows."""
+    if measured is None or checkout() is None:
+        return False
+    if measured.endswith("+"):
+        return True  # measured on a tree that no commit holds
+    changed = git("diff", "--name-only", measured, "--", *KERNEL_SOURCES)
+    return changed is None or bool(changed)
+
+
+def git(*arguments: str) -> str | None:
+    """What git prints in the source tree; None without git, or when it refuses."""
     root = checkout()
     if root is None:
         return None
-
-    def git(*args: str) -> str:
-        done = subprocess.run(
-            ["git", *args], cwd=root, capture_output=True, text=True, check=True, timeout=20
-        )
-        return done.stdout.strip()
-
     try:
-        changed = git("status", "--porcelain", "--untracked-files=no", "--", ":!benchmarks/results", ":!docs")
-        return git("rev-parse", "--short=12", "HEAD") + ("+" if changed else "")
+        done = subprocess.run(
+            ["git", *arguments], cwd=root, capture_output=True, text=True, check=True, timeout=20
+        )
     except (OSError, subprocess.SubprocessError):
         return None
+    return done.stdout.strip()
 
 
 def now() -> str:
@@ -163,6 +248,18 @@ def load(path: Path) -> Results:
     if not isinstance(found, dict) or found.get("schema") != SCHEMA:
         raise ValueError(f"{path} is not a results file of schema {SCHEMA}")
     return found
+
+
+def others(path: Path, lead: Results) -> list[Results]:
+    """The results of other machines of the same kind beside a file, the latest first; no quick runs."""
+    found = []
+    for file in path.parent.parent.glob("*/results.json"):
+        if file.parent == path.parent or file.parent.name.endswith("-quick"):
+            continue
+        other = load(file)
+        if bool(other["machine"]["gpu"]) == bool(lead["machine"]["gpu"]) and other["results"]:
+            found.append(other)
+    return sorted(found, key=lambda one: max(run["date"] for run in one["runs"].values()), reverse=True)
 
 
 def save(results: Results, path: Path) -> None:

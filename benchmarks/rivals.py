@@ -69,7 +69,7 @@ def apex(work: Work, functions: Functions, build: Build) -> Candidate:
 
 def xformers(work: Work, functions: Functions, build: Build) -> Candidate:
     """xformers.triton.dropout, removed from xformers in June 2024."""
-    if importlib.util.find_spec("xformers.triton.dropout") is None:
+    if not present("xformers.triton.dropout"):
         raise Unavailable("this version of xformers has no fused dropout (removed in 2024)")
     package: Any = importlib.import_module("xformers.triton.dropout")
     from .works_dropout import P
@@ -96,10 +96,17 @@ RIVALS = {
 
 
 def installed(rival: Rival) -> bool:
+    return present(rival.module)
+
+
+def present(module: str) -> bool:
+    """Whether a module is there, working or not: looking for it imports the packages around it."""
     try:
-        return importlib.util.find_spec(rival.module) is not None
+        return importlib.util.find_spec(module) is not None
     except ModuleNotFoundError:
         return False
+    except Exception:  # a package that breaks when it is imported shows its message in its own row
+        return True
 
 
 def version(distribution: str) -> str | None:

@@ -6,21 +6,25 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
-from . import results, rivals
+from . import allocator, results, rivals
 from .check import check, priority
 from .compiled import first_line
 from .measure import MODEPROBE, Row, measure, row
 from .registry import Work
 from .timing import Clock, Limits
 
-FULL = Limits(seconds=3.0, least_rounds=7, most_rounds=60)
+FULL = Limits(seconds=3.0, least_rounds=7, most_rounds=60, longest=9.0)
 GPU = Limits(seconds=1.0, least_rounds=10, most_rounds=60)
 QUICK = Limits(seconds=0.8, least_rounds=3, most_rounds=20, sample_seconds=1e-3)
-# A torch.compile peer costs about this much before it can be timed; with less time per work it is left out.
+# What a torch.compile peer costs before it can be timed, until one has shown it: with less time per work
+# it is left out.
 COMPILE_SECONDS = 3.0
 TIMING_SHARE = 0.6  # of the time left per work; the rest goes to inputs, references and compilation
+# Parts of the time left: a target's work counts double, and compiling one takes as much again.
+NAMED, COMPILED, PLAIN = 1, 2, 1
 
 Report = Callable[[Work, Sequence[Row]], None]
 
@@ -42,8 +46,8 @@ def run(
 
     Args:
         limits: of one work; its seconds shrink when the budget asks for it.
-        budget: seconds for the whole run, shared by the works of the same priority that are left. What
-            does not fit is left out.
+        budget: seconds for the whole run, shared by the works that are left. Whatever the machine's
+            speed, the run ends with it, but for the work that is under way; what does not fit is left out.
         without: providers to leave out.
         report: called after each work.
         clock: for tests; by default the one that fits the device.
@@ -55,7 +59,10 @@ def run(
     name = results.now()
     while name in found["runs"]:
         name += "+"
-    found["machine"] = results.machine(device)
+    here = results.machine(device)
+    if found["results"]:
+        results.require_same_machine(found, here, path)
+    found["machine"] = {**here, "name": found["machine"]["name"]}
     entry: dict[str, Any] = {
         "date": results.now(),
         "commit": results.commit(),
@@ -64,10 +71,12 @@ def run(
         "rivals": rivals.states(),
         "load": [results.load_average(), None],
         "limits": {"seconds": limits.seconds, "least_rounds": limits.least_rounds, "budget": budget},
+        "allocator": allocator.pin() if device == "cpu" else "torch's caching allocator",
         "left_out": [],
     }
     found["runs"][name] = entry
-    priorities = [priority(work, device) for work in works]
+    weights = [PLAIN + NAMED * (priority(work, device) == 0) + COMPILED * work.compiled for work in works]
+    compiling: list[float] = []
     start = now()
     for index, work in enumerate(works):
         own, left = limits, list(without)
@@ -77,19 +86,34 @@ def run(
                 entry["left_out"] = [late.name for late in works[index:]]
                 results.save(found, path)
                 return list(works[index:])
-            share = remaining / priorities[index:].count(priorities[index])
-            rounds = limits.least_rounds if share > 2 * limits.seconds else min(3, limits.least_rounds)
-            own = replace(limits, seconds=min(limits.seconds, TIMING_SHARE * share), least_rounds=rounds)
-            if share < COMPILE_SECONDS:
+            share = remaining * weights[index] / sum(weights[index:])
+            own = within(limits, TIMING_SHARE * share)
+            if share < (median(compiling) if compiling else COMPILE_SECONDS):
                 left.append("torch.compile")
         try:
             rows = measure(work, device, own, clock=clock, without=left)
         except Exception as error:
             reason = f"{type(error).__name__}: {first_line(error)}"
             rows = [row(work, MODEPROBE, device, status="failed", reason=reason)]
+        compiling += [
+            item.setup_seconds
+            for item in rows
+            if item.provider == "torch.compile" and item.status == "ok" and item.setup_seconds is not None
+        ]
         results.upsert(found, "results", [item.as_dict() for item in rows], name)
         found["targets"] = [verdict.as_dict() for verdict in check(found)]
         entry["load"][1] = results.load_average()
         results.save(found, path)
         report(work, rows)
     return []
+
+
+def within(limits: Limits, seconds: float) -> Limits:
+    """The limits with no race longer than ``seconds``, as far as its fewest rounds allow."""
+    longest = limits.seconds if limits.longest is None else limits.longest
+    return replace(
+        limits,
+        seconds=min(limits.seconds, seconds),
+        longest=min(longest, seconds),
+        ceiling=min(limits.ceiling or seconds, seconds),
+    )

@@ -6,8 +6,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from .check import NO_GPU
+from .check import NO_GPU, named
 from .compare import Change
+from .provenance import heading, provenance
 from .results import Results
 
 LAYER_PROVIDERS = ("torch", "torch.compile", "modeprobe")
@@ -129,6 +130,13 @@ def work_table(results: Results, wanted: str) -> Table:
             if row["status"] in ("wrong", "failed")
         ]
     table.notes += reasons(groups)
+    return sourced(table, results, (row for group in groups for row in group.values()))
+
+
+def sourced(table: Table, results: Results, rows: Iterable[dict[str, Any]]) -> Table:
+    """The table with a note of the runs that its rows come from."""
+    note = provenance(results, rows)
+    table.notes += [note] if note and table.rows else []
     return table
 
 
@@ -179,7 +187,8 @@ def layer_totals(results: Results) -> Table:
                 times(min(worst)) if worst else "",
             ]
         )
-    return table
+    rows = (row for name in group_names(results, "ResNet-50") for row in members(results, name))
+    return sourced(table, results, rows)
 
 
 def group_names(results: Results, start: str) -> list[str]:
@@ -195,27 +204,92 @@ def members(results: Results, group: str) -> list[dict[str, Any]]:
 
 
 def target_table(verdicts: Iterable[dict[str, Any]], title: str = "Targets") -> Table:
-    """Every target with its measured figure and verdict."""
+    """Every target with its measured figure and verdict; the reasons of misses below."""
     table = Table(title, ["work", "target", "measured", "20th to 80th", "verdict"])
-    why: dict[str, list[str]] = {}
+    verdicts = list(verdicts)
     for item in verdicts:
         figures = item["measured"]
         exact = "instructions" in item["bound"]
         middle = f"{figures[1]:.3g}" if figures else "-"
         spread = f"{figures[0]:.3g} to {figures[2]:.3g}" if figures and not exact else ""
-        word = item["verdict"]
-        table.rows.append([f"{item['family']}: {item['text']}", item["bound"], middle, spread, word])
-        if item["why"]:
-            why.setdefault(item["why"], []).append(item["text"])
-    table.notes = [f"{'; '.join(dict.fromkeys(rows))}: {reason}" for reason, rows in why.items()]
+        table.rows.append([in_words(item), item["bound"], middle, spread, item["verdict"]])
+    table.notes = whys(verdicts)
     return table
 
 
-def target_tables(verdicts: Sequence[dict[str, Any]]) -> list[Table]:
+def in_words(item: dict[str, Any]) -> str:
+    """A target's text, with its family in front where the text does not say it."""
+    text, family = item["text"], "BatchNorm" if item["family"] == "batch_norm" else "Dropout"
+    named = "dropout" in text.lower() or "batchnorm" in text.lower()
+    return text if named else f"{family}: {text}"
+
+
+def whys(verdicts: Iterable[dict[str, Any]]) -> list[str]:
+    """Each reason of a miss or of an absent figure, after the targets that it explains."""
+    found: dict[str, list[str]] = {}
+    for item in verdicts:
+        if item["why"]:
+            missed = f" ({item['bound']})" if item["verdict"] == "missed" else ""
+            found.setdefault(item["why"], []).append(in_words(item) + missed)
+    return [f"{'; '.join(dict.fromkeys(rows))}: {reason}" for reason, rows in found.items()]
+
+
+def target_tables(results: Results) -> list[Table]:
     """The targets of this kind of machine, then those that only another kind can tell."""
-    pending = [item for item in verdicts if item["verdict"] == NO_GPU]
-    here = [item for item in verdicts if item["verdict"] != NO_GPU]
-    return [table for table in (target_table(here), target_table(pending, "Targets for a GPU")) if table.rows]
+    pending = [item for item in results["targets"] if item["verdict"] == NO_GPU]
+    here = [item for item in results["targets"] if item["verdict"] != NO_GPU]
+    tables = [
+        sourced(target_table(here), results, judged(results)),
+        target_table(pending, "Targets for a GPU"),
+    ]
+    return [table for table in tables if table.rows]
+
+
+def judged(results: Results) -> list[dict[str, Any]]:
+    """The rows that decided on targets."""
+    wanted = {item.get("row") for item in results["targets"]}
+    return [row for row in results["results"] if row["work"] in wanted and row["provider"] == "modeprobe"]
+
+
+def targets_by_machine(every: Sequence[Results]) -> Table:
+    """Every target with a column per machine; the first one's reasons below, then those of the others."""
+    if len(every) == 1:
+        table, *pending = target_tables(every[0])
+        for more in pending:
+            table.rows += more.rows
+        return table
+    table = Table("Targets", ["work", "target", *(heading(one) for one in every)])
+    found: dict[tuple[str, str, str], dict[int, str]] = {}
+    for index, one in enumerate(every):
+        for item in one["targets"]:
+            cells = found.setdefault((in_words(item), item["device"], item["bound"]), {})
+            figure = f"{item['measured'][1]:.3g} " if item["measured"] else ""
+            word = "**missed**" if item["verdict"] == "missed" else item["verdict"]
+            cells[index] = figure + word
+    table.rows = [
+        [words, bound, *(cells.get(index, "") for index in range(len(every)))]
+        for (words, _, bound), cells in found.items()
+    ]
+    table.notes = list(dict.fromkeys(note for one in every for note in whys(one["targets"])))
+    return table
+
+
+def headline_table(results: Results) -> Table:
+    """The few works that say what a swap gains, where modeprobe is slower among them."""
+    table = Table("In short", ["", "torch", "torch.compile", "modeprobe", "torch / modeprobe"])
+    rows = []
+    for words, group in named(results):
+        ours = group["modeprobe"]
+        rows.append(ours)
+        faster = ours["ratios"].get("torch")
+        table.rows.append(
+            [
+                words,
+                *(cell(group.get(name)) for name in ("torch", "torch.compile", "modeprobe")),
+                times(faster[1]) if faster else "",
+            ]
+        )
+    return sourced(table, results, rows)
 
 
 def losses(results: Results) -> Table:
@@ -228,7 +302,7 @@ def losses(results: Results) -> Table:
             floor = peer in ("x * 2", "x.clone()", "y.copy_(x)")
             if not floor and not peer.startswith("modeprobe") and faster[2] < 1.0:
                 table.rows.append([row["work"], peer, times(1 / faster[1])])
-    return table
+    return sourced(table, results, (row for row in results["results"] if row["provider"] == "modeprobe"))
 
 
 def floor_table(results: Results) -> Table:
@@ -245,7 +319,7 @@ def floor_table(results: Results) -> Table:
             for name in names
         ]
         table.rows.append([f"2^{elements.bit_length() - 1}", *cells])
-    return table
+    return sourced(table, results, rows)
 
 
 def compare_table(changes: Iterable[Change], a: str, b: str) -> Table:
@@ -264,12 +338,12 @@ def compare_table(changes: Iterable[Change], a: str, b: str) -> Table:
     return table
 
 
-def instruction_table(rows: Iterable[dict[str, Any]]) -> Table:
+def instruction_table(results: Results) -> Table:
     table = Table(
         "Instructions on the CPU, counted by callgrind",
         ["work", "provider", "per call", "per element", "SIMD"],
     )
-    for row in rows:
+    for row in results["instructions"]:
         table.rows.append(
             [
                 row["work"],
@@ -279,16 +353,15 @@ def instruction_table(rows: Iterable[dict[str, Any]]) -> Table:
                 row["simd"],
             ]
         )
-    return table
+    return sourced(table, results, results["instructions"])
 
 
 def every_table(results: Results) -> list[Table]:
-    tables = target_tables(results["targets"])
+    tables = [headline_table(results), *target_tables(results)]
     present = {section(row) for row in results["results"]}
     tables += [work_table(results, name) for name in TITLES if name in present]
     if group_names(results, "ResNet-50"):
         tables.append(layer_totals(results))
     tables.append(losses(results))
-    if results["instructions"]:
-        tables.append(instruction_table(results["instructions"]))
+    tables.append(instruction_table(results))
     return [table for table in tables if table.rows]

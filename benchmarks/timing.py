@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from itertools import count
 from typing import Any, Protocol
 
 import torch
@@ -104,11 +106,58 @@ def clock_for(device: str, elements: int) -> Clock:
 
 @dataclass(frozen=True)
 class Limits:
-    seconds: float = 3.0  # of timing per work, all contenders together
+    """When a race ends.
+
+    Args:
+        seconds: of timing per work, all contenders together.
+        least_rounds: so many even when they take longer than ``seconds``.
+        most_rounds: no more, however little they take.
+        longest: a race whose ratios are not settled goes on until here, and to ``NOISY`` times
+            ``most_rounds``; None: no longer than ``seconds``.
+        ceiling: past this it ends after ``FEWEST`` rounds already; None: no such end.
+        sample_seconds: calls are repeated until a sample lasts this long.
+        most_calls: in one sample.
+    """
+
+    seconds: float = 3.0
     least_rounds: int = 5
     most_rounds: int = 60
-    sample_seconds: float = 2e-3  # calls are repeated until a sample lasts this long
+    longest: float | None = None
+    ceiling: float | None = None
+    sample_seconds: float = 2e-3
     most_calls: int = 2000
+
+    def over(self, rounds: int, elapsed: float, samples: Mapping[str, Sequence[float]]) -> bool:
+        if self.ceiling is not None and rounds >= FEWEST and elapsed >= self.ceiling:
+            return True
+        if rounds < self.least_rounds or (elapsed < self.seconds and rounds < self.most_rounds):
+            return False
+        longest = self.seconds if self.longest is None else self.longest
+        return elapsed >= longest or rounds >= NOISY * self.most_rounds or settled(samples)
+
+
+FEWEST = 3
+NOISY = 4
+SETTLED = 0.06  # width of the 95 % interval of a median ratio, in that ratio
+
+
+def settled(samples: Mapping[str, Sequence[float]]) -> bool:
+    """Whether the median ratios of the first contender to every other one are known closely enough."""
+    first, *others = samples.values() or ((),)
+    for other in others:
+        ratios = sorted(a / b for a, b in zip(other, first, strict=True))
+        low, high = median_interval(ratios)
+        if high - low > SETTLED * percentile(ratios, 0.5):
+            return False
+    return True
+
+
+def median_interval(ordered: Sequence[float]) -> tuple[float, float]:
+    """About 95 % confidence for the median, from order statistics (Conover, Practical Nonparametric
+    Statistics, 3.2), whatever the distribution."""
+    middle, reach = len(ordered) / 2, 0.98 * len(ordered) ** 0.5
+    low, high = int(middle - reach), math.ceil(middle + reach)
+    return ordered[max(low, 0)], ordered[min(high, len(ordered) - 1)]
 
 
 def calibrate(contender: Contender, clock: Clock, limits: Limits) -> int:
@@ -131,8 +180,8 @@ def race(contenders: Sequence[Contender], clock: Clock, limits: Limits) -> dict[
     calls = {contender.name: calibrate(contender, clock, limits) for contender in contenders}
     samples: dict[str, list[float]] = {contender.name: [] for contender in contenders}
     start = clock.now()
-    for round_number in range(limits.most_rounds):
-        if round_number >= limits.least_rounds and clock.now() - start >= limits.seconds:
+    for round_number in count():
+        if limits.over(round_number, clock.now() - start, samples):
             break
         turn = round_number // 2 % max(len(contenders), 1)
         order = [*contenders[turn:], *contenders[:turn]]

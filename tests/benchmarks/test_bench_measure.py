@@ -100,7 +100,7 @@ def test_the_tables_show_it(rows, tmp_path):
     from modeprobe.benchmarks import results
 
     found = results.empty()
-    found["runs"]["one"] = {}
+    found["runs"]["one"] = {"date": "2026-01-01", "commit": None}
     results.upsert(found, "results", [row.as_dict() for row in rows.values()], "one")
     table = tables.work_table(found, "dropout")
     text = table.markdown()
@@ -169,3 +169,69 @@ def test_a_work_that_cannot_be_set_up_does_not_stop_the_run(tmp_path):
         "ValueError: no such shape"
     )
     assert results.find(found, "double/forward/8/float32", "modeprobe", "cpu")["status"] == "ok"
+
+
+@pytest.mark.parametrize(("speed", "least"), [(1.0, 6), (0.02, 1)])
+def test_a_run_ends_with_its_budget_on_a_machine_of_any_speed(speed, least, tmp_path):
+    """No more than the work under way is late, which costs its setup and the fewest rounds."""
+    from modeprobe.benchmarks import results, timing
+
+    class Slow(CostClock):
+        def now(self):
+            return self.time
+
+        def sample(self, run, calls):
+            self.time += 0.02 / speed
+            return super().sample(run, calls)
+
+    clock = Slow(COSTS)
+    works = [Work("double", "forward", (size,), "float32", 2, setup) for size in range(1, 7)]
+    budget = 20.0
+    found = results.empty()
+    late = runner.run(
+        works, "cpu", found, tmp_path / "r.json", budget=budget, clock=clock, now=lambda: clock.time
+    )
+    assert len(works) - len(late) >= least
+    one_work = len(COSTS) * (timing.FEWEST + 2) * 0.02 / speed  # two samples of each calibrate
+    assert clock.time <= budget + one_work
+    assert {row["rounds"] for row in found["results"] if row["seconds"]} != {0}
+
+
+def test_a_compiler_that_costs_more_than_the_share_is_left_out(tmp_path, monkeypatch):
+    from modeprobe.benchmarks import results
+
+    seen = []
+
+    def pretend(work, device, limits, *, clock, without):
+        seen.append("torch.compile" not in without)
+        own = measure.row(work, "torch.compile", device)
+        own.setup_seconds = 40.0
+        return [own]
+
+    monkeypatch.setattr(runner, "measure", pretend)
+    works = [Work("double", "forward", (size,), "float32", 2, setup) for size in (8, 9, 10)]
+    found = results.empty()
+    runner.run(works, "cpu", found, tmp_path / "results.json", budget=60.0, now=lambda: 0.0)
+    assert seen == [True, False, True]  # shares of 20, 30 and 60 s
+
+
+def test_every_provider_gets_the_same_memory():
+    """Once warm, outputs below the pinned threshold cost no page faults and larger ones always do."""
+    import platform
+    import resource
+
+    from modeprobe.benchmarks import allocator
+
+    if platform.libc_ver()[0] != "glibc":
+        pytest.skip("thresholds of glibc")
+    assert allocator.pin() == "used again below 32 MiB, mapped anew above"
+
+    def faults(elements):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        first, second = torch.zeros(elements), torch.zeros(elements)
+        del first, second
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    assert [faults(6 << 20) for _ in range(7)][-1] < 100  # twice 24 MiB, 12,288 pages
+    allocator.give_back()
+    assert faults(8 << 20) >= 16384  # twice 32 MiB, though 48 MiB had been free

@@ -8,10 +8,18 @@ import subprocess
 import sys
 
 import pytest
-from modeprobe.benchmarks import callgrind, charts, cli, page, registry, results, runner
+from modeprobe.benchmarks import callgrind, charts, check, cli, page, publication, registry, results, runner
 from typer.testing import CliRunner
 
 pytestmark = pytest.mark.rung("reference")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def machine_code_is_not_read():
+    """It takes many seconds; tests/compiler reads it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(check, "sass_instructions", dict)
+        yield
 
 
 def fabricated(gpu=None):
@@ -20,7 +28,7 @@ def fabricated(gpu=None):
     found["machine"].update(name="made-up", cpu="Made Up", gpu=gpu)
     found["runs"]["one"] = {
         "date": "2026-01-01T00:00:00Z",
-        "commit": "abc",
+        "commit": None,
         "versions": results.versions(),
         "rivals": {"apex": "not installed"},
         "load": [0.1, 0.2],
@@ -79,6 +87,7 @@ def drawn(made, tmp_path_factory):
 def test_every_chart_is_drawn_as_png_and_svg(drawn):
     written, folder = drawn
     assert set(written) == {
+        "headline-cpu",
         "summary-cpu",
         "dropout-sizes-cpu-float32",
         "batch_norm-sizes-cpu-float32",
@@ -115,7 +124,13 @@ def test_the_page_is_one_file_with_everything(made, drawn):
     assert text.count("<svg") == len(drawn[0])
     assert not re.findall(r"""(?:src|href)=["'](?!#|data:)""", text)
     assert not re.findall(r"url\((?!#)", text)
-    for wanted in ("Made Up", "commit abc", "apex (not installed)", "Whole models", "Targets for a GPU"):
+    for wanted in (
+        "Made Up",
+        "Measured on 2026-01-01",
+        "apex (not installed)",
+        "Whole models",
+        "Targets for a GPU",
+    ):
         assert wanted in text
     assert '<span class="badge missed">missed</span>' in text
     left_out = page.html(made, {}, "matplotlib is not installed")
@@ -134,36 +149,84 @@ def test_blocks_of_this_kind_of_machine_are_refreshed(made):
         "a\n<!-- bench: cpu headline -->\nold\n<!-- /bench -->\nb\n"
         "<!-- bench: gpu headline -->\nnot yet run on a GPU\n<!-- /bench -->\n"
     )
-    fresh = page.refresh(text, made)
+    fresh = publication.refresh(text, made)
     assert "old" not in fresh
-    assert "| Dropout: forward, 2^20 float32 | 4 ms | 2 ms | 1 ms | 4x | 2x |" in fresh
+    assert "| Dropout, 2^20 (in cache) | 4 ms | 2 ms | 1 ms | 4x |" in fresh
     assert "not yet run on a GPU" in fresh
-    assert page.refresh(fresh, made) == fresh
+    assert publication.refresh(fresh, made) == fresh
     with pytest.raises(ValueError, match="no such block: nothing"):
-        page.refresh("<!-- bench: cpu nothing -->\n<!-- /bench -->", made)
+        publication.refresh("<!-- bench: cpu nothing -->\n<!-- /bench -->", made)
     gpu = fabricated({"name": "G", "memory_gib": 1, "multiprocessors": 1})
-    assert "old" in page.refresh(text, gpu)
-    for name in page.blocks(made):
-        assert page.blocks(made)[name].endswith("\n")
+    assert "old" in publication.refresh(text, gpu)
+    for text in publication.blocks(made).values():
+        assert text.endswith("\n")
 
 
-def test_publishing_refreshes_documents_and_the_picture(made, drawn, tmp_path):
+def test_the_headline_is_short_and_holds_what_is_lost(made):
+    """The README's table: few rows, of both families, and not only those that are won."""
+    chosen = [row["headline"] for row in check.targets() if row["device"] == "cpu" and "headline" in row]
+    assert 8 <= len(chosen) <= 13
+    assert [words for words, _ in check.named(made)] == chosen
+    families = {row["family"] for row in check.targets() if "headline" in row}
+    assert families == {"dropout", "batch_norm"}
+    assert any("evaluation" in words for words in chosen)
+    assert any("16 elements" in words for words in chosen)
+
+
+def test_other_machines_get_a_column_the_latest_first(made, tmp_path):
+    def save(name, date, **changes):
+        other = fabricated()
+        other["machine"].update(name=name, **changes)
+        other["runs"]["one"]["date"] = date
+        results.save(other, tmp_path / name / "results.json")
+
+    save("here", "2026-01-01T00:00:00Z")
+    save("older", "2024-01-01T00:00:00Z")
+    save("newer", "2025-01-01T00:00:00Z")
+    save("here-quick", "2026-01-01T00:00:00Z")
+    save("a-gpu", "2026-01-01T00:00:00Z", gpu={"name": "G"})
+    path = tmp_path / "here" / "results.json"
+    found = results.others(path, results.load(path))
+    assert [one["machine"]["name"] for one in found] == ["newer", "older"]
+    blocks = publication.blocks(made, found)
+    heading = blocks["targets"].splitlines()[0]
+    assert heading == "| work | target | made-up on 2026-01-01 | newer on 2025-01-01 | older on 2024-01-01 |"
+    assert [line.split("]")[0] for line in blocks["machines"].splitlines()] == [
+        "* [made-up",
+        "* [newer",
+        "* [older",
+    ]
+
+
+def test_publishing_refreshes_documents_and_pictures(made, drawn, tmp_path):
     (tmp_path / "README.md").write_text("<!-- bench: cpu machine -->\n<!-- /bench -->\n")
-    changed = page.publish(made, drawn[1], tmp_path)
-    assert [path.name for path in changed] == ["README.md", "benchmarks-cpu.png"]
+    changed = publication.publish(made, [], drawn[1], tmp_path)
+    assert [path.name for path in changed] == ["README.md", "headline-cpu.png", "benchmarks-cpu.png"]
     assert "Made Up" in (tmp_path / "README.md").read_text()
-    assert (tmp_path / "docs/images/benchmarks-cpu.png").read_bytes().startswith(b"\x89PNG")
+    for path in changed[1:]:
+        assert path.read_bytes().startswith(b"\x89PNG")
 
 
 def test_this_projects_documents_only_name_blocks_that_exist(made):
     root = results.checkout()
     if root is None:
         pytest.skip("not a source tree")
-    for name in page.DOCUMENTS:
+    for name in publication.DOCUMENTS:
         if (root / name).is_file():
             text = (root / name).read_text()
-            assert text.count("<!-- bench:") == len(page.BLOCK.findall(text)), name
-            page.refresh(text, made)
+            assert text.count("<!-- bench:") == len(publication.BLOCK.findall(text)), name
+            publication.refresh(text, made)
+
+
+def test_every_saved_machine_has_a_folder_of_its_own_name():
+    root = results.checkout()
+    if root is None:
+        pytest.skip("not a source tree")
+    for path in (root / "benchmarks" / "results").glob("*/results.json"):
+        machine = results.load(path)["machine"]
+        if not machine["gpu"] and not path.parent.name.startswith(("rehearsal", "made-up")):
+            assert machine["name"] == path.parent.name
+            assert machine["simd"].lower() in path.parent.name
 
 
 def test_callgrind_totals_become_counts_per_element(tmp_path):
@@ -175,6 +238,26 @@ def test_callgrind_totals_become_counts_per_element(tmp_path):
     (tmp_path / "out.2").write_text("nothing")
     with pytest.raises(ValueError, match=r"out\.2 holds no total"):
         callgrind.total(tmp_path / "out.2")
+
+
+def test_counts_of_a_child_that_was_stopped_are_kept(tmp_path, monkeypatch):
+    """Lines end when their dump is written: half a line is a count that was under way."""
+    assert callgrind.completed(tmp_path / "absent") == []
+    (tmp_path / "rows").write_text('{"name": "a", "elements": 10}\n{"name": "b", "ele')
+    assert callgrind.completed(tmp_path / "rows") == [{"name": "a", "elements": 10}]
+
+    def stopped(command, **options):
+        out = next(part for part in command if part.startswith("--callgrind-out-file=")).partition("=")[2]
+        (tmp_path / "rows").replace(command[-1])
+        with open(f"{out}.1", "w") as file:
+            file.write("totals: 400\n")
+        raise subprocess.TimeoutExpired(command, options["timeout"])
+
+    monkeypatch.setattr(callgrind, "why_not", lambda: None)
+    monkeypatch.setattr(callgrind.subprocess, "run", stopped)
+    assert callgrind.count(1.0) == [
+        {"name": "a", "elements": 10, "instructions": 100, "per_element": 10.0},
+    ]
 
 
 def test_without_valgrind_counting_says_so(monkeypatch):
@@ -213,6 +296,38 @@ def test_check_prints_verdicts_and_fails_on_a_miss(folder):
     assert "at least 30x torch" in ran.output
     assert "missed" in ran.output
     assert "not yet run on a GPU" in ran.output
+    assert "no reason given; add a why" in flat(ran.output)
+    assert re.search(r"\d+ missed without a reason", ran.output)
+
+
+def test_progress_tells_the_time_gone_and_left():
+    from rich.console import Console
+
+    times = iter([0.0, 10.0, 20.0])
+    console = Console(width=200, record=True)
+    with cli.Progress(console, 4, 45.0, now=lambda: next(times)) as progress:
+        work = registry.Work("double", "forward", (8,), "float32", 2, lambda work, device: None)
+        progress.done(work, [])
+        progress.done(work, [])
+    lines = console.export_text().splitlines()
+    assert lines[0].startswith("  1/4   10 s,  30 s left  double/forward/8/float32")
+    assert lines[1].startswith("  2/4   20 s,  20 s left  ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [(["--within", "500"], 0.8 * 500 - 75), (["--quick"], 85), (["--within", "500", "--budget", "7"], 7)],
+)
+def test_the_time_of_a_run_is_shared_out(arguments, expected, tmp_path, monkeypatch):
+    """What is measured leaves room for the counts of instructions and for the charts."""
+    asked = {}
+    monkeypatch.setattr(cli, "measure_all", lambda *given: asked.update(budget=given[-1]))
+    monkeypatch.setattr(cli, "count_instructions", lambda console, path, left: asked.update(left=left))
+    monkeypatch.setattr(cli, "render", lambda *given: None)
+    ran = command("--device", "cpu", "--output", str(tmp_path), *arguments)
+    assert ran.exit_code == 0, ran.output
+    assert asked["budget"] == pytest.approx(expected, abs=1.0)
+    assert ("left" in asked) == (arguments == ["--within", "500"])
 
 
 def test_report_renders_without_measuring(folder):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from modeprobe.benchmarks import check, compare, registry, results, tables
+from modeprobe.benchmarks import check, compare, provenance, registry, results, tables
 
 pytestmark = pytest.mark.rung("reference")
 
@@ -31,7 +31,7 @@ def row(work="dropout/forward/2^20/float32", provider="modeprobe", **fields):
 
 def made(*rows):
     found = results.empty()
-    found["runs"]["first"] = {"date": "2026-01-01"}
+    found["runs"]["first"] = {"date": "2026-01-01", "commit": None}
     results.upsert(found, "results", rows, "first")
     return found
 
@@ -56,7 +56,7 @@ def test_saved_is_loaded(tmp_path):
     assert results.load(tmp_path / "a") == found
     assert results.load(tmp_path / "a" / "results.json") == found
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["results.json"]
-    for key in ("name", "cpu", "cores", "threads", "simd", "gpu", "system"):
+    for key in ("name", "cpu", "generation", "cores", "threads", "simd", "gpu", "system"):
         assert key in found["machine"]
 
 
@@ -83,6 +83,77 @@ def test_load_says_what_is_wrong(tmp_path):
 )
 def test_machine_names_make_folders(name, expected):
     assert results.slug(name) == expected
+
+
+EPYC = {"cpu": "AMD EPYC", "cores": 2, "threads": 2, "gpu": None}
+
+
+@pytest.mark.parametrize(
+    ("fields", "name"),
+    [
+        ({"generation": "family 23 model 1", "simd": "AVX2"}, "amd-epyc-family-23-model-1-avx2-2-cores"),
+        (
+            {"generation": "family 25 model 17", "simd": "AVX512"},
+            "amd-epyc-family-25-model-17-avx512-2-cores",
+        ),
+        ({"generation": "", "simd": "AVX512", "threads": 1}, "amd-epyc-avx512-2-cores-1-threads"),
+        ({"generation": "", "simd": "AVX2", "gpu": {"name": "NVIDIA H200"}}, "nvidia-h200"),
+    ],
+)
+def test_another_generation_or_instruction_set_is_another_machine(fields, name):
+    assert results.machine_name({**EPYC, **fields}) == name
+
+
+@pytest.mark.parametrize(
+    ("facts", "words"),
+    [
+        ({"cpu family": "23", "model": "1", "model name": "AMD EPYC"}, "family 23 model 1"),
+        ({"CPU implementer": "0x41", "CPU part": "0xd40"}, "implementer 0x41 part 0xd40"),
+        ({}, ""),
+    ],
+)
+def test_the_generation_comes_from_the_processor(facts, words):
+    assert results.generation(facts) == words
+
+
+def test_rows_of_two_machines_do_not_share_a_file(tmp_path):
+    from modeprobe.benchmarks import runner
+
+    found = made(row())
+    found["machine"]["simd"] = "another"
+    with pytest.raises(ValueError, match=r"simd 'another', here .*; give this machine a folder of its own"):
+        runner.run([], "cpu", found, tmp_path / "results.json")
+    older = made(row())
+    del older["machine"]["generation"]  # a file that does not say cannot be known to be this machine's
+    with pytest.raises(ValueError, match="generation None, here"):
+        runner.run([], "cpu", older, tmp_path / "results.json")
+    assert runner.run([], "cpu", made(row()), tmp_path / "results.json") == []
+
+
+def test_tables_name_their_runs_and_whether_the_kernels_have_changed_since(monkeypatch):
+    found = made(row(), row("other/forward/16/float32"))
+    found["runs"]["second"] = {"date": "2026-02-02T00:00:00Z", "commit": "new"}
+    found["runs"]["first"]["commit"] = "old"
+    results.upsert(found, "results", [row("other/forward/16/float32")], "second")
+    monkeypatch.setattr(provenance, "older_kernels", lambda commit: commit == "old")
+    note = tables.work_table(found, "dropout").notes[-1]
+    assert note == (
+        "Measured at new on 2026-02-02, 1 works; "
+        "at old on 2026-01-01 (kernels older than this source tree's), 1 works."
+    )
+
+
+def test_kernels_of_a_commit_are_compared_with_this_tree(monkeypatch):
+    said = {"same": "", "changed": "csrc/library.cpp", "unknown": None}
+    monkeypatch.setattr(results, "checkout", lambda: "here")
+    monkeypatch.setattr(results, "git", lambda *arguments: said[arguments[2]])
+    assert [results.older_kernels(commit) for commit in ("same", "changed", "unknown", "same+", None)] == [
+        False,
+        True,
+        True,
+        True,
+        False,
+    ]
 
 
 TARGET = {
@@ -113,6 +184,34 @@ def test_verdicts_follow_the_median(torch, multiply, expected):
     found = verdicts(TARGET, row(ratios=ratios))
     assert [word for word, _ in found] == expected
     assert all(why == ("the random numbers" if word == "missed" else "") for word, why in found)
+
+
+def test_a_miss_without_a_reason_says_so_and_a_bound_may_have_its_own():
+    slow = row(ratios={"torch": [1.0, 1.0, 1.0], "x * 2": [0.1, 0.1, 0.1]})
+    bare = {key: value for key, value in TARGET.items() if key != "why"}
+    assert verdicts(bare, slow) == [("missed", check.NO_REASON)] * 2
+    own = {**TARGET, "bounds": [{**TARGET["bounds"][0], "why": "two passes"}, TARGET["bounds"][1]]}
+    assert verdicts(own, slow) == [("missed", "two passes"), ("missed", "the random numbers")]
+    found = made(slow)
+    found["targets"] = [item.as_dict() for item in check.check(found, [own])]
+    (table,) = tables.target_tables(found)
+    assert table.notes[:2] == [
+        "Dropout: forward (at least 30x torch): two passes",
+        "Dropout: forward (at most 3x x * 2's time): the random numbers",
+    ]
+
+
+def test_machines_stand_side_by_side():
+    ours, theirs = made(row(ratios={"torch": [1, 40.0, 50]})), made(row(ratios={"torch": [1, 20.0, 50]}))
+    for one, name in ((ours, "ours"), (theirs, "theirs")):
+        one["machine"]["name"] = name
+        one["targets"] = [item.as_dict() for item in check.check(one, [TARGET])]
+    table = tables.targets_by_machine([ours, theirs])
+    assert table.columns == ["work", "target", "ours on 2026-01-01", "theirs on 2026-01-01"]
+    assert table.rows[0] == ["Dropout: forward", "at least 30x torch", "40 met", "20 **missed**"]
+    assert table.notes[-1] == "Dropout: forward (at least 30x torch): the random numbers"
+    alone = tables.targets_by_machine([ours])
+    assert alone.rows[0] == ["Dropout: forward", "at least 30x torch", "40", "1 to 50", "met"]
 
 
 def test_a_cost_is_the_inverse_of_a_speed_up_with_its_ends_swapped():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import contextmanager
 
 import pytest
+from modeprobe.benchmarks import timing
 from modeprobe.benchmarks.timing import Contender, HostClock, Limits, Spread, percentile, race, ratio
 
 pytestmark = pytest.mark.rung("reference")
@@ -80,6 +81,42 @@ def test_limits_hold(seconds, rounds):
     clock = ToldClock({fast: 1.0})
     limits = Limits(seconds=seconds, least_rounds=4, most_rounds=9)
     assert len(race([Contender("fast", fast)], clock, limits)["fast"]) == rounds
+
+
+def test_a_race_that_takes_more_than_its_share_ends_after_the_fewest_rounds():
+    clock = ToldClock({fast: 10.0})
+    limits = Limits(seconds=5.0, least_rounds=7, ceiling=5.0)
+    assert len(race([Contender("fast", fast)], clock, limits)["fast"]) == timing.FEWEST
+    roomy = Limits(seconds=5.0, least_rounds=7, ceiling=1e9)
+    assert len(race([Contender("fast", fast)], clock, roomy)["fast"]) == 7
+
+
+@pytest.mark.parametrize(
+    ("swing", "longest", "rounds"),
+    [(0.0, 1e9, 10), (0.9, 1e9, 40), (0.9, None, 10), (0.9, 25.0, 13)],
+)
+def test_a_race_goes_on_while_its_ratios_are_not_settled(swing, longest, rounds):
+    """One contender's samples swing between two values, as those of a heap that is at times trimmed."""
+
+    class Swinging(ToldClock):
+        def sample(self, run, calls):
+            factor = 1 + swing * (run is slow) * (len(self.log) // 3 % 2)
+            seconds = super().sample(run, calls) * factor
+            self.time += seconds - self.costs[run]
+            return seconds
+
+    clock = Swinging({fast: 1.0, slow: 1.0})
+    limits = Limits(seconds=0.0, least_rounds=10, most_rounds=10, longest=longest)
+    samples = race([Contender("fast", fast), Contender("slow", slow)], clock, limits)
+    assert len(samples["fast"]) == pytest.approx(rounds, abs=4 if longest == 25.0 else 0)
+
+
+def test_the_interval_of_a_median_covers_it_in_19_of_20_draws():
+    numpy = pytest.importorskip("numpy")
+    draws = numpy.sort(numpy.random.default_rng(0).standard_exponential((2000, 31)), axis=1)
+    intervals = [timing.median_interval(list(own)) for own in draws]
+    covered = sum(low <= numpy.log(2) <= high for low, high in intervals) / len(intervals)
+    assert 0.93 < covered < 0.99
 
 
 def test_a_tiny_call_is_repeated_until_a_sample_is_long_enough():

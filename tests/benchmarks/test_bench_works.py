@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 
 import pytest
 import torch
@@ -215,6 +216,36 @@ def test_a_rival_that_is_installed_is_a_candidate(monkeypatch):
     outcome(found["FlagGems"]())
     assert seen == [1]
     assert entered == []
+
+
+@pytest.mark.parametrize("module", ["broken_rival", "broken_rival.kernels"])
+def test_a_rival_that_does_not_import_fails_alone(module, tmp_path, monkeypatch):
+    from modeprobe.benchmarks import measure
+    from modeprobe.benchmarks.timing import Limits
+
+    (tmp_path / "broken_rival").mkdir()
+    (tmp_path / "broken_rival" / "__init__.py").write_text("raise OSError('libcudart.so.11.0: not found')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+    def load(work, functions, build):
+        importlib.import_module(module)
+
+    rival = rivals.Rival(module, "broken-rival", ("dropout",), load)
+    monkeypatch.setitem(rivals.RIVALS, "broken", rival)
+    assert rivals.states()["broken"] == "version unknown"
+    work = Work("dropout", "forward", (64,), "float32", 2, dropouts.dropout)
+    rows = {row.provider: row for row in measure.measure(work, "cpu", Limits(seconds=0.0, least_rounds=2))}
+    assert (rows["broken"].status, rows["broken"].reason) == (
+        "failed",
+        "OSError: libcudart.so.11.0: not found",
+    )
+    assert rows["torch"].status == "ok"
+
+
+def test_a_part_that_a_rival_no_longer_has_is_absent():
+    assert rivals.present("json.decoder")
+    assert not rivals.present("json.triton.dropout")
+    assert not rivals.present("no_such_package.part")
 
 
 def test_models_train_and_are_judged():
