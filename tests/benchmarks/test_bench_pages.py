@@ -330,7 +330,8 @@ def test_the_time_of_a_run_is_shared_out(arguments, expected, tmp_path, monkeypa
     assert ("left" in asked) == (arguments == ["--within", "500"])
 
 
-def test_report_renders_without_measuring(folder):
+def test_report_renders_without_measuring(folder, monkeypatch):
+    monkeypatch.setattr(cli, "drawn", lambda *given: ({}, "drawn in other tests"))
     ran = command("--report", "--output", str(folder), "--machine", "made-up")
     assert ran.exit_code == 0, ran.output
     assert (folder / "made-up" / "index.html").read_text().startswith("<!doctype html>")
