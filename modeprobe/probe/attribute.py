@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from modeprobe.probe.call import Call
+from modeprobe.probe.call import Call, without_frames
 from modeprobe.probe.events import Trace
 from modeprobe.probe.instrument import flag_of
 from modeprobe.probe.leaves import Comparison, compare
@@ -76,19 +76,22 @@ class Attributor:
     def _trace(self) -> None:
         for mode in (True, False):
             self.tick(f"tracing {'train' if mode else 'eval'} mode")
-            with self.bench.fresh() as lent, warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                lent.model.train(mode)
-                tracer = Tracer(lent.model, Control(draws=self.draws), below=self.below)
-                tracer.trace.flags = flags_of(lent.model)
-                self.found.traces[mode] = tracer.trace
-                seed_everything(self.seed)
-                try:
-                    with tracer.active():
-                        self.call(lent.model)
-                except Exception as error:
-                    tracer.trace.error = error
-                self.gap = self.gap or tracer.gap
+            self.found.traces[mode] = self._traced(mode)
+
+    def _traced(self, mode: bool) -> Trace:
+        with self.bench.fresh() as lent, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            lent.model.train(mode)
+            tracer = Tracer(lent.model, Control(draws=self.draws), below=self.below)
+            tracer.trace.flags = flags_of(lent.model)
+            seed_everything(self.seed)
+            try:
+                with tracer.active():
+                    self.call(lent.model)
+            except Exception as error:
+                tracer.trace.error = without_frames(error)
+            self.gap = self.gap or tracer.gap
+        return tracer.trace
 
     def _readers(self) -> dict[str, frozenset[str]]:
         """Modules during whose forward a mode is read that train() and eval() set differently."""
@@ -121,6 +124,7 @@ class Attributor:
                 self.draws,
                 self.call.count,
                 self.below,
+                lent.twins(),
             )
             lent.model.train()
 
@@ -215,9 +219,8 @@ class Attributor:
             warnings.simplefilter("ignore")
             lent.model.train()
             paths = [path for path in self.found.traces[True].calls if "<" not in path]
-            setting = Setting(
-                {}, {id(t) for t in named_tensors(lent.model).values()}, self.draws, self.call.count
-            )
+            twins = lent.twins()
+            setting = Setting({}, set(twins), self.draws, self.call.count, twins=twins)
 
             def visit(path: str, module: nn.Module, run: Callable[[], Any], arguments: Any) -> None:
                 del todo[path]

@@ -85,6 +85,15 @@ def _loss(output: Any) -> Tensor | None:
     return total
 
 
+def without_frames(error: Exception) -> Exception:
+    """The same error without the stack frames it was raised in: they hold the model."""
+    seen: BaseException | None = error
+    while seen is not None and seen.__traceback__ is not None:
+        seen.__traceback__ = None
+        seen = seen.__cause__ or seen.__context__
+    return error
+
+
 @dataclass
 class Run:
     """Outcome of one run: flattened output, or the error; what the run left behind."""

@@ -24,12 +24,16 @@ class Place(NamedTuple):
 
 
 class Key(NamedTuple):
-    """Identity of an event across runs: the same call site in the same module."""
+    """Identity of an event across runs: the same call site in the same module.
+
+    at: which of the calls in that line.
+    """
 
     kind: str
     name: str
     path: str
     place: Place
+    at: int = 0
 
 
 @dataclass
@@ -92,20 +96,25 @@ class Trace:
 
 
 def caller_place() -> Place:
-    """The innermost line of the model's own code; inside torch only where nothing else is on the stack."""
+    return call_site()[0]
+
+
+def call_site() -> tuple[Place, int]:
+    """The innermost line of the model's own code, and where in its bytecode; inside torch only where nothing
+    else is on the stack."""
     frame: Any = sys._getframe(1)
-    inner: Place | None = None
+    inner: tuple[Place, int] | None = None
     while frame is not None:
         name = frame.f_code.co_filename
         if name.startswith(_HERE):
             if frame.f_code.co_name == "__call__" and name.endswith("call.py"):
                 break
         elif not name.startswith((_TORCH, "<frozen")):
-            return Place(name, frame.f_lineno)
+            return Place(name, frame.f_lineno), frame.f_lasti
         elif inner is None and not name.endswith(_PLUMBING):
-            inner = Place(name, frame.f_lineno)
+            inner = Place(name, frame.f_lineno), frame.f_lasti
         frame = frame.f_back
-    return inner or Place("", 0)
+    return inner or (Place("", 0), 0)
 
 
 # Default of the argument `training` (`train`) of each dropout function.

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from modeprobe.probe.call import Call, Run
+from modeprobe.probe.call import Call, Run, without_frames
 from modeprobe.probe.leaves import Comparison, compare, flatten
 from modeprobe.probe.randomness import (
     RandomState,
@@ -87,7 +87,7 @@ def run_once(
             if inspect:
                 run.mutated = tuple(name for name in lent.changed() if name not in run.toggled)
         except Exception as error:
-            run.error = error
+            run.error = without_frames(error)
     return run
 
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from modeprobe.probe.call import Call
+from modeprobe.probe.call import Call, without_frames
 from modeprobe.probe.events import Key, Trace
 from modeprobe.probe.instrument import set_flag
 from modeprobe.probe.leaves import Comparison, compare, flatten
@@ -66,7 +66,7 @@ class Reach:
                         leaves = flatten(self.call(lent.model))
             except Exception as error:
                 leaves = {"": f"raised {type(error).__name__}: {error}"}
-                tracer.trace.error = error
+                tracer.trace.error = without_frames(error)
         return Outcome(leaves, tracer.trace)
 
     def base(self, mode: bool, plain: bool = False) -> Outcome:

@@ -6,13 +6,14 @@ mode. Each event has its own seed (trace.Control), so that a draw in one mode ca
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 
+from modeprobe.probe.call import without_frames
 from modeprobe.probe.events import Key, Trace
 from modeprobe.probe.instrument import flag_of, set_flag
 from modeprobe.probe.leaves import flatten
@@ -46,8 +47,8 @@ class Variant:
 @dataclass
 class Setting:
     """What all replays of one pass share: the scratch model's eval flags by module, tensors that its forward
-    writes to (by id), names of functions found to draw, a counter of passes through the whole model, and
-    whether operators below Python are to be watched.
+    writes to (by id), names of functions found to draw, a counter of passes through the whole model, whether
+    operators below Python are to be watched, and the values that its tensors started with (by id).
     """
 
     eval_flags: dict[nn.Module, bool]
@@ -55,6 +56,7 @@ class Setting:
     draws: set[str]
     whole: Callable[[], None] = lambda: None
     below: bool = False
+    twins: Mapping[int, Tensor] = field(default_factory=dict)
 
 
 class ReplayBench:
@@ -77,7 +79,7 @@ class ReplayBench:
         def keep(tensor: Tensor) -> bool:
             return not isinstance(tensor, nn.Parameter) or id(tensor) in setting.mutable
 
-        self.snapshot = Snapshot(roots, keep)
+        self.snapshot = Snapshot(roots, keep, setting.twins)
         self.state = RandomState()
 
     def variant(
@@ -112,7 +114,7 @@ class ReplayBench:
                     leaves = flatten(self.run())
             except Exception as error:
                 leaves = {"": f"raised {type(error).__name__}: {error}"}
-                tracer.trace.error = error
+                tracer.trace.error = without_frames(error)
             pairs = zip(private, self.generators, strict=True)
             unseen = ["the model's own generator" for before, g in pairs if before != generator_state(g)]
             if start is not None:

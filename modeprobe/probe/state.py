@@ -6,7 +6,7 @@ import functools
 import random
 import types
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -73,11 +73,14 @@ def shared_state(first: nn.Module, second: nn.Module) -> bool:
 
 
 class _SavedTensor:
-    def __init__(self, tensor: Tensor, values: bool) -> None:
+    def __init__(self, tensor: Tensor, values: bool, twin: Tensor | None = None) -> None:
         self.tensor = tensor
         self.version = _version(tensor)
         self.alias = tensor.data
-        self.values = tensor.detach().clone() if values and not tensor.is_meta else None
+        self.values = None
+        if values and not tensor.is_meta:
+            same = twin is not None and twin is not tensor and bitwise_equal(tensor, twin)
+            self.values = (twin if same else tensor.detach().clone())  # type: ignore[assignment]
         self.requires_grad = tensor.requires_grad
         self.grad = tensor.grad if tensor.is_leaf else None
         self.grad_values = self.grad.detach().clone() if values and self.grad is not None else None
@@ -129,14 +132,20 @@ class Snapshot:
     """State of everything reachable from `roots`; `restore()` puts it back in place, object by object.
 
     values: tells for which tensors the values are copied (others keep only identity and flags).
+    twins: tensors known by id that may have the same values elsewhere; where they do, nothing is copied.
     """
 
-    def __init__(self, roots: Iterable[Any], values: Callable[[Tensor], bool] = lambda tensor: True) -> None:
+    def __init__(
+        self,
+        roots: Iterable[Any],
+        values: Callable[[Tensor], bool] = lambda tensor: True,
+        twins: Mapping[int, Tensor] = types.MappingProxyType({}),
+    ) -> None:
         self._by_id: dict[int, _SavedTensor] = {}
         self._undo: list[Callable[[], Any]] = []
         for item in reachable(roots):
             if isinstance(item, Tensor):
-                self._by_id[id(item)] = _SavedTensor(item, values(item))
+                self._by_id[id(item)] = _SavedTensor(item, values(item), twins.get(id(item)))
             else:
                 self._save(item)
 

@@ -25,6 +25,7 @@ from modeprobe.probe.events import (
     Place,
     Read,
     Trace,
+    call_site,
     caller_place,
     classify,
 )
@@ -261,7 +262,7 @@ class Tracer:
 
     def _key(self, kind: str, name: str) -> Key:
         module = self.stack[-1] if self.stack else self.model
-        return Key(kind, name, self.path(module), caller_place())
+        return Key(kind, name, self.path(module), *call_site())
 
     def _type(self) -> type:
         return type(self.stack[-1] if self.stack else self.model)

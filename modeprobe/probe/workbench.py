@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import sys
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,12 +17,16 @@ from modeprobe.probe.randomness import preserved
 from modeprobe.probe.state import Snapshot, bitwise_equal, shared_state
 
 
-@dataclass(frozen=True)
+@dataclass
 class Lent:
-    """A model to run, and the values its tensors had before (by name)."""
+    """A model to run, and the values its tensors had before (by name). Empty once it is given back."""
 
     model: nn.Module
     before: dict[str, Tensor]
+
+    def twins(self) -> dict[int, Tensor]:
+        """The values before, by the id of the tensor in `model`."""
+        return {id(t): self.before[name] for name, t in named_tensors(self.model).items()}
 
     def changed(self) -> tuple[str, ...]:
         """Names of parameters and buffers whose values differ from before."""
@@ -48,12 +54,13 @@ class Workbench:
         self.model = model
         self.strategy = "copy"
         self.reason = ""
+        self._last: Callable[[], nn.Module | None] = lambda: None
         if _is_compiled(model):
             self.strategy, self.reason = "restore", "a compiled model would be compiled again for every copy"
             return
         try:
             with preserved():
-                trial = copy.deepcopy(model)
+                trial = self._copy()
         except Exception as error:
             self.strategy, self.reason = "restore", f"{type(error).__name__}: {error}"
             return
@@ -66,15 +73,28 @@ class Workbench:
     @contextmanager
     def fresh(self) -> Iterator[Lent]:
         with preserved():
+            snapshot = None
             if self.strategy == "copy":
-                yield Lent(copy.deepcopy(self.model), named_tensors(self.model))
-                return
-            snapshot = Snapshot([self.model])
-            before = {name: snapshot.values(tensor) for name, tensor in named_tensors(self.model).items()}
+                lent = Lent(self._copy(), named_tensors(self.model))
+            else:
+                snapshot = Snapshot([self.model])
+                named = named_tensors(self.model).items()
+                lent = Lent(self.model, {name: snapshot.values(tensor) for name, tensor in named})
             try:
-                yield Lent(self.model, before)
+                yield lent
             finally:
-                snapshot.restore()
+                vars(lent).clear()  # the borrower's variable must not keep a copy alive
+                if snapshot is not None:
+                    snapshot.restore()
+
+
+    def _copy(self) -> nn.Module:
+        """A deep copy, made when the last one is gone: never are there two at a time."""
+        if self._last() is not None:
+            gc.collect()  # a copy in a reference cycle
+        made = copy.deepcopy(self.model)
+        self._last = weakref.ref(made)
+        return made
 
 
 def _is_compiled(model: nn.Module) -> bool:
