@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from modeprobe.probe.attribute import Attributor, Located
 from modeprobe.probe.call import Call
@@ -56,9 +57,12 @@ def probe(
     Raises:
         TypeError: model is not a module, or neither inputs nor step fit it. Exceptions raised by the model
             are not raised but reported in `report.failures`.
+        ValueError: model has parameters of lazy modules that no input has given a shape yet.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"probe(): model must be a torch.nn.Module, got {type(model).__name__}")
+    if any(map(is_lazy, (*model.parameters(), *model.buffers()))):
+        raise ValueError("probe(): model has uninitialised (lazy) parameters: run it once on an input first")
     if step is not None and not callable(step):
         raise TypeError(f"probe(): step must be callable as step(model), got {type(step).__name__}")
     if step is not None and (args or kwargs):
@@ -93,15 +97,16 @@ def _attribute(attributor: Attributor, seen: Observation, call: Call) -> None:
         # Equal seeds say nothing about a model that ignores them: take runs seeded call by call instead.
         seen.effect = reach.effect()
     reached = [item for item in found.located if item.change is not None]
-    solid = [item for item in reached if not item.finding.tiny]
-    if solid:
-        found.located = [item for item in found.located if not item.finding.tiny]
     if any(item.finding.forced is not None for item in reached):
         seen.rare = True
-    if seen.effect is None or not seen.effect.differs or reached:
+    if seen.effect is None or not seen.effect.differs:
         return
-    if found.located:
+    if reached:
+        owned = all(item.finding.owners for item in reached)
+        if owned and call.forwards < budget and reach.kept_elsewhere():
+            found.located += [Located(finding, Comparison((), 0)) for finding in attributor.bisect(False)]
+    elif found.located:
         found.notes.append("effects were found at modules but not followed to the outputs")
         found.located = [Located(item.finding, Comparison((), 0)) for item in found.located]
     else:
-        found.located = [Located(finding, Comparison((), 0)) for finding in attributor.bisect()]
+        found.located = [Located(finding, Comparison((), 0)) for finding in attributor.bisect(True)]

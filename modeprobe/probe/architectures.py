@@ -11,7 +11,7 @@ import inspect
 import logging
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -66,8 +66,11 @@ _DEPTHS = {
 _HEAD_SIZES = frozenset({"head_dim", "d_kv", "num_key_value_heads", "qk_rope_head_dim", "rotary_dim"})
 # What follows from other fields, and would contradict them once those are small.
 _DERIVED = frozenset(
-    {"out_features", "out_indices", "stage_names", "_out_features", "_out_indices", "attention_layers"}
+    """out_features out_indices stage_names _out_features _out_indices attention_layers
+    per_layer_config""".split()  # noqa: SIM905
 )
+# Parts for models that are composed of any two others, by a word in the composition's name or the part's.
+_PARTS = {"vision": "vit", "image": "vit", "speech": "wav2vec2", "audio": "wav2vec2"}
 
 
 class ArchitectureError(Exception):
@@ -94,6 +97,7 @@ def build(model_type: str, seed: int = 0) -> tuple[nn.Module, dict[str, torch.Te
         hint = f"; close: {', '.join(close)}" if close else ""
         raise ArchitectureError(f"unknown model type {model_type!r} in the installed transformers{hint}")
     tried: list[str] = []
+    ran = False
     with warnings.catch_warnings(), _quiet():
         warnings.simplefilter("ignore")
         narrow = {**_DEPTHS, **_WIDTHS}
@@ -101,15 +105,28 @@ def build(model_type: str, seed: int = 0) -> tuple[nn.Module, dict[str, torch.Te
         for sizes in (narrow, free, _DEPTHS, {}):
             try:
                 model = _model(model_type, sizes, seed)
+            except ImportError as error:
+                raise ArchitectureError(f"{model_type} needs a package: {_short(error)}") from None
             except Exception as error:
                 tried.append(_short(error))
                 continue
+            if not ran:
+                ran, tried = True, []
             for inputs in _inputs(model):
                 failure = _failure(model, inputs)
                 if failure is None:
                     return model.train(), inputs
                 tried.append(failure)
-    raise ArchitectureError(f"no tiny {model_type} could be run: {'; '.join(dict.fromkeys(tried))}")
+    what = (
+        "was built, but none of the inputs tried fit it"
+        if ran
+        else "could not be built from its configuration"
+    )
+    reasons = "\n  ".join(list(dict.fromkeys(tried))[:4])
+    raise ArchitectureError(
+        f"a tiny {model_type} {what}:\n  {reasons}\n"
+        "Probe it by package.module:factory and --input instead, with a configuration and inputs of your own."
+    )
 
 
 def _failure(model: nn.Module, inputs: dict[str, torch.Tensor]) -> str | None:
@@ -136,31 +153,61 @@ def _quiet() -> Iterator[None]:
 
 
 def _model(model_type: str, sizes: dict[str, int], seed: int) -> nn.Module:
-    from transformers import AutoConfig
-
-    config = AutoConfig.for_model(model_type)
+    config = _configuration(model_type)
     config = type(config).from_dict(_shrunk(config.to_dict(), sizes))
-    make = _constructor(config)
-    with torch.device("meta"):
-        count = sum(parameter.numel() for parameter in make(config).parameters())
-    if count > MAX_PARAMETERS:
-        raise ArchitectureError(f"{count:,} parameters at this size")
-    torch.manual_seed(seed)
-    return make(config)
+    failure: Exception | None = None
+    for make in _constructors(config):
+        made = _made(make, config, seed)
+        if isinstance(made, nn.Module):
+            return made
+        failure = failure or made
+    raise failure or ArchitectureError(f"no model class for {type(config).__name__}")
 
 
-def _constructor(config: Any) -> Any:
+def _made(make: Any, config: Any, seed: int) -> nn.Module | Exception:
+    try:
+        with torch.device("meta"):
+            count = sum(parameter.numel() for parameter in make(config).parameters())
+        if count > MAX_PARAMETERS:
+            return ArchitectureError(f"{count:,} parameters at this size")
+        torch.manual_seed(seed)
+        return make(config)
+    except Exception as error:
+        return error
+
+
+def _configuration(model_type: str) -> Any:
+    from transformers import AutoConfig
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    try:
+        return AutoConfig.for_model(model_type)
+    except ValueError:
+        slots = getattr(CONFIG_MAPPING[model_type], "sub_configs", {})
+        if not slots:
+            raise
+    parts = {}
+    for index, slot in enumerate(slots):
+        words = f"{model_type} {slot}" if index == 0 else slot
+        kind = next((kind for word, kind in _PARTS.items() if word in words), "bert")
+        decodes = {"is_decoder": True, "add_cross_attention": True} if slot == "decoder" else {}
+        parts[slot] = AutoConfig.for_model(kind, **decodes).to_dict()
+    return AutoConfig.for_model(model_type, **parts)
+
+
+def _constructors(config: Any) -> Iterator[Any]:
     import transformers
     from transformers.models.auto import modeling_auto
 
     for name in ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModel"):
         auto = getattr(transformers, name)
         if type(config) in auto._model_mapping:
-            return auto.from_config
+            yield auto.from_config
     for name, mapping in vars(modeling_auto).items():
         if name.startswith("MODEL_FOR") and name.endswith("_MAPPING") and type(config) in mapping:
             found = mapping[type(config)]
-            return found[0] if isinstance(found, tuple) else found
+            yield found[0] if isinstance(found, tuple) else found
+            return
     # Parts of larger models have no automatic class: look beside their configuration.
     source = importlib.import_module(type(config).__module__.replace(".configuration_", ".modeling_"))
     beside = [
@@ -171,9 +218,7 @@ def _constructor(config: Any) -> Any:
         and getattr(kind, "config_class", None) is type(config)
         and not kind.__name__.endswith("PreTrainedModel")
     ]
-    if beside:
-        return beside[0]
-    raise ArchitectureError(f"no model class for {type(config).__name__}")
+    yield from beside[:1]
 
 
 def _shrunk(values: dict[str, Any], sizes: dict[str, int]) -> dict[str, Any]:
@@ -222,31 +267,62 @@ def _inputs(model: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
     vocabulary = min(size("vocab_size", 64), 64)
     if "input_ids" in parameters:
         text["input_ids"] = tokens(12, vocabulary)
+        if "bbox" in parameters:
+            text["bbox"] = torch.zeros(2, 12, 4, dtype=torch.long)
     if "decoder_input_ids" in parameters and getattr(config, "is_encoder_decoder", False):
         text["decoder_input_ids"] = tokens(8, vocabulary)
-    channels, side = size("num_channels", 3), size("image_size", 32)
-    if text and "pixel_values" not in parameters:
+    decoder = {k: v for k, v in text.items() if k.startswith("decoder")}
+    channels, sides = size("num_channels", 3), (32, 32)
+    for holder in (config, getattr(config, "vision_config", None)):
+        side = getattr(holder, "image_size", None)
+        if side:
+            sides = (side, side) if isinstance(side, int) else tuple(side)[:2]
+            break
+    bins, audio = size("num_mel_bins", 80), size("max_length", 128)
+    media: dict[str, list[tuple[int, ...]]] = {
+        "pixel_values": [
+            *((2, channels, *side) for side in (sides, (64, 64), (224, 224))),
+            (2, size("num_frames", 2), channels, *sides),
+        ],
+        "pixel_values_videos": [(2, size("frames_per_clip", 4), channels, *sides)],
+        "input_values": [(2, 4000), (2, 1, 4000), (2, audio, size("num_mel_bins", 128))],
+        "input_features": [
+            (2, bins, 100), (2, 100, bins), (2, bins, 3000), (2, 100, size("feature_size", 80)),
+            (2, 1, 1001, 64),
+        ],
+    }  # fmt: skip
+    media = {name: shapes for name, shapes in media.items() if name in parameters}
+    if text and not media.keys() & {"pixel_values"}:
         yield text
-    if "pixel_values" in parameters:
-        for shape in ((2, channels, side, side), (2, channels, 64, 64), (2, channels, 224, 224)):
-            yield {**text, "pixel_values": normal(*shape)}
-        frames = size("num_frames", 4)
-        yield {**text, "pixel_values": normal(2, frames, channels, side, side)}
-    if "pixel_values_videos" in parameters:
-        frames = size("frames_per_clip", 4)
-        yield {"pixel_values_videos": normal(2, frames, channels, side, side)}
-    if "input_values" in parameters:
-        decoder = {k: v for k, v in text.items() if k.startswith("decoder")}
-        patches = (2, size("max_length", 128), size("num_mel_bins", 128))
-        audio: tuple[tuple[int, ...], ...] = ((2, 4000), (2, 1, 4000), patches)
-        for wave in audio:
-            yield {**decoder, "input_values": normal(*wave)}
-    if "input_features" in parameters:
-        bins, decoder = size("num_mel_bins", 80), {k: v for k, v in text.items() if k.startswith("decoder")}
-        spectra: tuple[tuple[int, ...], ...] = ((2, bins, 100), (2, 100, bins), (2, bins, 3000))
-        for spectrum in (*spectra, (2, 100, size("feature_size", 80)), (2, 1, 1001, 64)):
-            yield {**decoder, "input_features": normal(*spectrum)}
+    for name, shapes in media.items():
+        for shape in shapes:
+            yield {**(text if name == "pixel_values" else decoder), name: normal(*shape)}
+    if text or len(media) > 1:
+        for name, shapes in media.items():
+            yield {**text, name: normal(*shapes[0])}
+        yield {**text, **{name: normal(*shapes[0]) for name, shapes in media.items()}}
+    if "past_values" in parameters:
+        yield _series(parameters, config, normal)
     if text:
         yield text
         length = size("chunk_size", 16) * 4
         yield {name: tokens(length, vocabulary) for name in text}
+
+
+def _series(parameters: Mapping[str, Any], config: Any, normal: Any) -> dict[str, torch.Tensor]:
+    """Inputs of a time-series model: the past, and the future where it is asked for."""
+    ahead = getattr(config, "prediction_length", None) or 4
+    past = (getattr(config, "context_length", None) or ahead) + max(
+        getattr(config, "lags_sequence", None) or [0]
+    )
+    channels = getattr(config, "num_input_channels", None) or getattr(config, "input_size", 1)
+    width = (channels,) if channels > 1 or hasattr(config, "num_input_channels") else ()
+    features = getattr(config, "num_time_features", 0)
+    found = {
+        "past_values": normal(2, past, *width),
+        "past_time_features": normal(2, past, features),
+        "past_observed_mask": torch.ones(2, past, *width),
+        "future_values": normal(2, ahead, *width),
+        "future_time_features": normal(2, ahead, features),
+    }
+    return {name: value for name, value in found.items() if name in parameters}

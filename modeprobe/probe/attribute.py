@@ -131,7 +131,9 @@ class Attributor:
             reads = self.found.traces[True].reads
             places = {read.path: read.place for read in reversed(list(reads)) if read.path is not None}
 
-            def visit(path: str, module: nn.Module, run: Callable[[], Any], arguments: Any) -> None:
+            def visit(
+                tracer: Tracer, path: str, module: nn.Module, run: Callable[[], Any], arguments: Any
+            ) -> None:
                 owners = self.found.readers[path]
                 self.tick(f"replaying modules that read their mode ({total - len(todo) + 1} of {total})")
                 flags = {modules[owner]: flag_of(modules[owner]) for owner in owners}
@@ -209,10 +211,10 @@ class Attributor:
         }
         self.found.notes.append("meta tensors have no values: judged by the calls made, not by their effect")
 
-    def bisect(self) -> list[Finding]:
+    def bisect(self, flags: bool) -> list[Finding]:
         """The smallest modules whose own train() and eval() change their output, when no read tells.
 
-        For a mode that is kept elsewhere than in `training`.
+        For a mode that is kept elsewhere than in `training`. flags: whether `training` itself may count, too.
         """
         differing: dict[str, Comparison] = {}
         with self.bench.fresh() as lent, warnings.catch_warnings():
@@ -222,10 +224,12 @@ class Attributor:
             twins = lent.twins()
             setting = Setting({}, set(twins), self.draws, self.call.count, twins=twins)
 
-            def visit(path: str, module: nn.Module, run: Callable[[], Any], arguments: Any) -> None:
+            def visit(
+                tracer: Tracer, path: str, module: nn.Module, run: Callable[[], Any], arguments: Any
+            ) -> None:
                 del todo[path]
                 replay = ReplayBench(tracer, module, run, arguments, {}, setting)
-                change = compare(replay.toggled(True), replay.toggled(False))
+                change = compare(replay.toggled(True, flags), replay.toggled(False, flags))
                 if change.differs:
                     differing[path] = change
 
@@ -259,7 +263,10 @@ class Attributor:
 
 
 class _ReplayTracer(Tracer):
-    """Lets the model run as it is and stops at the first calls of the modules to replay."""
+    """Lets the model run as it is and stops at the first calls of the modules to replay.
+
+    visit: called with this tracer, which it must not hold: a cycle would keep the copy of the model alive.
+    """
 
     def __init__(self, model: nn.Module, todo: dict[str, int], visit: Callable[..., None]) -> None:
         super().__init__(model, functions=False)
@@ -275,7 +282,7 @@ class _ReplayTracer(Tracer):
         try:
             if path in self.todo:
                 self.stack.pop()
-                self.visit(path, module, lambda: module(*args, **kwargs), (args, kwargs))
+                self.visit(self, path, module, lambda: module(*args, **kwargs), (args, kwargs))
                 self.stack.append(module)
             return run(module, *args, **kwargs)
         finally:

@@ -35,12 +35,12 @@ class Call:
         return self._run(model, *clone_inputs((self.args, dict(self.kwargs))))
 
     def wide(self, model: nn.Module) -> Any:
-        """The same run in float64: model and floating inputs are converted."""
+        """The same run of a model in float64: floating inputs are converted."""
         args, kwargs = map_tensors((self.args, dict(self.kwargs)), _widened)
         default = torch.get_default_dtype()
         torch.set_default_dtype(torch.float64)
         try:
-            return self._run(model.double(), args, kwargs)
+            return self._run(model, args, kwargs)
         finally:
             torch.set_default_dtype(default)
 

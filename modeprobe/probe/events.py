@@ -67,6 +67,11 @@ class Event:
     def scalar(self) -> bool:
         return all(n == 1 for n in self.shape)
 
+    @property
+    def coin(self) -> bool:
+        """A draw that may decide what runs: one value, or several that Python code takes one by one."""
+        return self.scalar or self.steers or (self.key.name.startswith("numpy.") and len(self.shape) == 1)
+
 
 class Read(NamedTuple):
     """One line that reads the mode of module `owner` while module `path` executes (None: no module)."""
@@ -165,7 +170,7 @@ def classify(name: str, args: tuple, kwargs: dict) -> tuple[str, bool, float | N
         # Without weights to return, torch calls scaled_dot_product_attention; else F.dropout on the weights.
         weights = argument(args, kwargs, 15, ("need_weights",), True)
         return "dropout" if weights else "attention", active, p
-    if name == "batch_norm":
+    if name in ("batch_norm", "native_batch_norm"):
         return "statistics", bool(argument(args, kwargs, 5, ("training",), False)), None
     if name == "instance_norm":
         return "statistics", bool(argument(args, kwargs, 5, ("use_input_stats",), True)), None

@@ -26,7 +26,7 @@ class Finding:
 
     events: the calls behind it by call site (none for a branch). plain: visible only without interception.
     forced: a scalar draw had to be set to its lowest (0) or highest (1) value to see it.
-    varies: other draws gave another output. tiny: the change is within what rounding may do.
+    varies: other draws gave another output.
     """
 
     path: str
@@ -40,7 +40,6 @@ class Finding:
     place: Place | None = None
     only_cause: bool = True
     varies: bool = False
-    tiny: bool = False
 
 
 class LocalJudge:
@@ -151,7 +150,7 @@ class LocalJudge:
                 word = self.word(key)
             elif all(e.scales and e.binary and per_sample(e.shape) for e in events):
                 word = "stochastic_depth"
-            elif all(e.scalar for e in events):
+            elif all(e.coin for e in events):
                 word = "coin"
             else:
                 word = "random_noise"
@@ -159,32 +158,37 @@ class LocalJudge:
         return groups
 
     def _draw_effect(self, word: str, events: Events) -> Finding | None:
-        keys = frozenset(events)
-        if any(key.kind != "draw" for key in keys) or word == "module_dropout":
+        if any(key.kind != "draw" for key in events) or word == "module_dropout":
             return self._finding(word, events, self.residue) if self.residue else None
-        if all(event.scalar for group in events.values() for event in group):
-            for force in (0, 1):
-                forced = self.bench.variant(True, silent=self.silent, force=force, forced=keys)
-                change = differs(forced, self.quiet, exact=True)
-                if change:
-                    runs = (forced.trace.calls, self.quiet.trace.calls)
-                    calls = self.steady.trace.calls
-                    skips = any(run[path] < n for run in runs for path, n in calls.items())
-                    if word == "coin":
-                        word = "stochastic_depth" if skips else "random_noise"
-                    finding = self._finding(word, events, change)
-                    finding.forced, finding.varies = force, True
-                    return finding
-            if word == "coin" and not any(event.shape for group in events.values() for event in group):
-                word = "random_noise"
+        scalar = all(event.scalar for group in events.values() for event in group)
+        forced = self._forced(word, events) if scalar or word == "coin" else None
+        if forced:
+            return forced
         for salt in _MORE_SALTS:
             change = differs(self.bench.variant(True, silent=self.silent, salt=salt), self.quiet, exact=True)
             if change:
                 finding = self._finding("random_noise" if word == "coin" else word, events, change)
                 finding.varies = True
                 return finding
-        if self.residue and word == "stochastic_depth":
-            return self._finding(word, events, self.residue)
+        if word != "stochastic_depth":
+            return None
+        rare = None if scalar else self._forced(word, events)
+        return rare or (self._finding(word, events, self.residue) if self.residue else None)
+
+    def _forced(self, word: str, events: Events) -> Finding | None:
+        """The effect of draws set to their lowest or highest values, however rarely they fall so."""
+        for force in (0, 1):
+            forced = self.bench.variant(True, silent=self.silent, force=force, forced=frozenset(events))
+            change = differs(forced, self.quiet, exact=True)
+            if change:
+                runs = (forced.trace.calls, self.quiet.trace.calls)
+                calls = self.steady.trace.calls
+                skips = any(run[path] < n for run in runs for path, n in calls.items())
+                if word == "coin":
+                    word = "stochastic_depth" if skips else "random_noise"
+                finding = self._finding(word, events, change)
+                finding.forced, finding.varies = force, True
+                return finding
         return None
 
     def _remainder(self, residue: Comparison) -> list[Finding]:
@@ -200,6 +204,10 @@ class LocalJudge:
         }
         if unsilenced or isinstance(self.bench.module, (_BatchNorm, _InstanceNorm)):
             return [self._finding("batch_statistics", unsilenced, residue)]
+        if self._normalises_by_hand():
+            return [
+                self._finding("batch_statistics", {}, residue, "statistics of the batch, then stored ones")
+            ]
         salt = _MORE_SALTS[0]
         varied = differs(self.bench.variant(True, silent=self.silent, salt=salt), self.quiet, exact=False)
         if varied and not differs(self.bench.variant(False, salt=salt), self.steady, exact=False):
@@ -207,9 +215,19 @@ class LocalJudge:
             return [self._finding("random_noise", drawn, residue, "draws whose use depends on the mode")]
         return [self._finding("branch", {}, residue)]
 
+    def _normalises_by_hand(self) -> bool:
+        """Two or more buffers (a mean, a variance) that training writes and ignores, and eval uses."""
+        stored = frozenset(self.quiet.written) - frozenset(self.steady.written)
+        if len(stored) < 2:
+            return False
+        training = self.bench.variant(True, silent=self.silent, shifted=stored)
+        evaluation = self.bench.variant(False, shifted=stored)
+        uses = differs(evaluation, self.steady, exact=False)
+        return uses is not None and not differs(training, self.quiet, exact=False)
+
     def _structure_alone(self) -> bool:
         """Whether the output's structure differs, however the draws fall."""
-        keys = frozenset(self.added)
+        keys = frozenset(key for key, events in self.added.items() if all(event.coin for event in events))
         others = [self.bench.variant(True, silent=self.silent, force=force, forced=keys) for force in (0, 1)]
         return all(compare(v.leaves, self.steady.leaves).structural for v in (self.quiet, *others))
 

@@ -67,6 +67,8 @@ def run_once(
     with bench.fresh() as lent, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
+            if wide:
+                lent.model.double()
             run.phase = "train()" if mode else "eval()"
             lent.model.train(mode) if mode else lent.model.eval()
             if inspect:

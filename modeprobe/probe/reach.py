@@ -78,6 +78,11 @@ class Reach:
         """Train against eval with every event seeded by its call site."""
         return compare(self.base(True).leaves, self.base(False).leaves)
 
+    def kept_elsewhere(self) -> bool:
+        """Whether train() still differs from eval() when every flag is as in eval mode."""
+        run = self.run(True, self.flags[False])
+        return run.trace.error is None and compare(run.leaves, self.base(False).leaves).differs
+
     def of(self, finding: Finding) -> Comparison | None:
         """The change at the outputs that this finding makes, or None."""
         owners = {path: self.flags[False][path] for path in finding.owners}
@@ -87,8 +92,7 @@ class Reach:
             return change if change.differs else None
         keys = frozenset(finding.events)
         if finding.forced is not None:
-            low, high = (self.run(True, {}, Control(_SALT, force=f, forced=keys)) for f in (0, 1))
-            change = compare(low.leaves, high.leaves)
+            change = self._of_forced(keys)
             return None if change.same else change
         if finding.only_cause or not keys:
             without = self.run(True, owners)
@@ -99,7 +103,13 @@ class Reach:
             return change
         flipped = {path: self.flags[True][path] for path in finding.owners}
         change = compare(self.run(False, flipped).leaves, self.base(False).leaves)
+        if change.same and finding.varies:  # the draws of these runs may have dropped nothing
+            change = self._of_forced(keys)
         return None if change.same else change
+
+    def _of_forced(self, keys: frozenset[Key]) -> Comparison:
+        low, high = (self.run(True, {}, Control(_SALT, force=force, forced=keys)) for force in (0, 1))
+        return compare(low.leaves, high.leaves)
 
     def of_events(self, mode: bool, events: Mapping[Key, list]) -> Comparison | None:
         """The change at the outputs when these call sites are silenced, or draw other values."""

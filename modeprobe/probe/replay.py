@@ -36,12 +36,13 @@ class Variant:
     """Output and events of one replay.
 
     unseen: random streams that moved without an event: generators of the model's own, functions captured
-    before they could be intercepted.
+    before they could be intercepted. written: the module's own floating buffers that it wrote.
     """
 
     leaves: dict[str, Any]
     trace: Trace
     unseen: tuple[str, ...]
+    written: tuple[str, ...] = ()
 
 
 @dataclass
@@ -91,8 +92,12 @@ class ReplayBench:
         force: int | None = None,
         forced: frozenset[Key] | None = None,
         functions: bool = True,
+        shifted: frozenset[str] = frozenset(),
     ) -> Variant:
-        """flipped: owners keep the mode they have in training; otherwise they are in eval mode."""
+        """flipped: owners keep the mode they have in training; otherwise they are in eval mode.
+
+        shifted: these buffers of the module start with other values.
+        """
         control = Control(salt if functions else None, silent, frozenset(), force, forced, self.setting.draws)
         tracer = Tracer(
             self.tracer.model, control, functions, below=functions and self.setting.below, like=self.tracer
@@ -109,6 +114,8 @@ class ReplayBench:
                     reseed_generator(generator, salt)
                 private = [generator_state(g) for g in self.generators]
                 start = RandomState()
+            for name in shifted:
+                self.module._buffers[name].data.add_(1)  # type: ignore[union-attr]
             try:
                 with tracer.active():
                     leaves = flatten(self.run())
@@ -119,17 +126,30 @@ class ReplayBench:
             unseen = ["the model's own generator" for before, g in pairs if before != generator_state(g)]
             if start is not None:
                 unseen += start.moved()
+            written = self._written()
             self.snapshot.restore()
-        return Variant(leaves, tracer.trace, tuple(unseen))
+        return Variant(leaves, tracer.trace, tuple(unseen), written)
 
-    def toggled(self, mode: bool) -> dict[str, Any]:
-        """Output of an uninstrumented run after the module's own train(mode)."""
+    def _written(self) -> tuple[str, ...]:
+        named = self.module._buffers.items()
+        floating = {
+            name: buffer for name, buffer in named if buffer is not None and buffer.is_floating_point()
+        }
+        return tuple(name for name, buffer in floating.items() if self.snapshot.changed(buffer))
+
+    def toggled(self, mode: bool, flags: bool = True) -> dict[str, Any]:
+        """Output of an uninstrumented run after the module's own train(mode).
+
+        flags: False takes the flags back to eval mode afterwards, so that only a mode kept elsewhere counts.
+        """
         if self.module is self.tracer.model:
             self.setting.whole()
         with preserved():
             self.state.restore()
             try:
                 self.module.train(mode) if mode else self.module.eval()
+                for module in self.module.modules() if not flags else ():
+                    set_flag(module, False)
                 with Tracer(self.tracer.model, functions=False, like=self.tracer).active():
                     return flatten(self.run())
             except Exception as error:

@@ -35,5 +35,5 @@ def silenced(func: Any, name: str, kind: str, args: tuple, kwargs: dict) -> tupl
         at = 1 if getattr(func, "__module__", "") == "torch.nn.functional" else 3
         if not isinstance(argument(args, kwargs, at, ("running_mean",), None), Tensor):
             return args, kwargs, False
-        put(5, ("training",) if name == "batch_norm" else ("use_input_stats",), False)
+        put(5, ("use_input_stats",) if name == "instance_norm" else ("training",), False)
     return tuple(args_list), kwargs, True

@@ -80,7 +80,7 @@ class _SavedTensor:
         self.values = None
         if values and not tensor.is_meta:
             same = twin is not None and twin is not tensor and bitwise_equal(tensor, twin)
-            self.values = (twin if same else tensor.detach().clone())  # type: ignore[assignment]
+            self.values = twin if same else tensor.detach().clone()  # type: ignore[assignment]
         self.requires_grad = tensor.requires_grad
         self.grad = tensor.grad if tensor.is_leaf else None
         self.grad_values = self.grad.detach().clone() if values and self.grad is not None else None
@@ -191,9 +191,10 @@ class Snapshot:
         saved = self._by_id[id(tensor)]
         return saved.values if saved.values is not None else tensor
 
-    def written(self) -> list[Tensor]:
-        """Tensors written to since (by version counter)."""
-        return [s.tensor for s in self._by_id.values() if _version(s.tensor) != s.version]
+    def changed(self, tensor: Tensor) -> bool:
+        """Whether a tensor has other values than were saved, or was not there."""
+        saved = self._by_id.get(id(tensor))
+        return saved is None or saved.values is None or not bitwise_equal(tensor, saved.values)
 
 
 def _restore_dict(target: dict, saved: dict) -> None:

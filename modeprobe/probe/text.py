@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from modeprobe.probe.report import Report, Site
+from modeprobe.probe.table import Table
 
 COLOURS = {
     "module_dropout": "dark_orange",
@@ -132,19 +133,20 @@ def to_rich(report: Report) -> Any:
 
 
 def _details(report: Report) -> list[Any]:
-    from rich.table import Table
     from rich.text import Text
 
     blocks: list[Any] = []
     found = rows(report)
     if found:
-        table = Table(box=None, pad_edge=False, header_style="dim")
-        for heading in HEADINGS:
-            table.add_column(heading, justify="right" if heading in ("p", "effect on output") else "left",
-                             overflow="fold")  # fmt: skip
-        for role, cells in found[:_LIMIT]:
-            style = COLOURS.get(role, "red")
-            table.add_row(*(Text(cell, style=style if i == 3 else "") for i, cell in enumerate(cells)))
+        shown = found[:_LIMIT]
+        table = Table(
+            HEADINGS,
+            [cells for _, cells in shown],
+            right=frozenset({2, 5}),
+            drop=(4, 1, 5),
+            styled=3,
+            styles=[COLOURS.get(role, "red") for role, _ in shown],
+        )
         blocks += [Text(""), table]
         if len(found) > _LIMIT:
             blocks.append(Text(f"... and {len(found) - _LIMIT} more (to_json() has all)", style="dim"))

@@ -61,6 +61,7 @@ _MASKING = frozenset(
 _SCALING = frozenset(
     "mul mul_ multiply multiply_ __mul__ __rmul__ __imul__ masked_fill masked_fill_".split()  # noqa: SIM905
 )
+_PICKING = frozenset({"__getitem__", "select", "unbind"})
 _STEERING = frozenset("__bool__ item tolist __float__ __int__ __index__".split())  # noqa: SIM905
 
 
@@ -171,9 +172,12 @@ class Tracer:
             result = function(*args, **kwargs)
         event.shape = tuple(getattr(result, "shape", ()))
         self.trace.events.append(event)
-        if isinstance(result, float) and self._forces(event):
-            low, high = _range(name, args)
-            return type(result)(low if self.control.force == 0 else high)
+        if self._forces(event):
+            value = _range(name, args)[self.control.force or 0]
+            if isinstance(result, float):
+                return type(result)(value)
+            if getattr(getattr(result, "dtype", None), "kind", "") == "f":
+                result.fill(value)
         return result
 
     def on_function(self, func: Any, name: str, args: tuple, kwargs: dict) -> Any:
@@ -224,7 +228,11 @@ class Tracer:
         if not drew:  # a function that draws only in some modes, such as rrelu
             return result
         event = self._record_draw(key, result, _shape((result,)))
-        if isinstance(result, Tensor) and result.numel() == 1 and self._forces(event):
+        if (
+            isinstance(result, Tensor)
+            and self._forces(event)
+            and (result.is_floating_point() or event.scalar)
+        ):
             with torch.no_grad():
                 result.data.fill_(_extreme(result, name, self.control.force))
         return result
@@ -251,7 +259,9 @@ class Tracer:
                 event.scalar or any(other.numel() > tensor.numel() for other in tensors)
             ):
                 event.scales = True
-            if isinstance(result, Tensor) and result.numel() == tensor.numel():
+            if name == "where" and tensor is args[0] and event.binary and any(map(_is_zero, args[1:])):
+                event.scales = True
+            if isinstance(result, Tensor) and (result.numel() == tensor.numel() or name in _PICKING):
                 self._track(result, event)
 
     def _track(self, tensor: Tensor, event: Event) -> None:
@@ -345,6 +355,10 @@ class _Operators(TorchDispatchMode):
 
 def _shape(values: tuple) -> tuple[int, ...]:
     return next((tuple(value.shape) for value in values if isinstance(value, Tensor)), ())
+
+
+def _is_zero(value: Any) -> bool:
+    return not value.any() if isinstance(value, Tensor) else value == 0
 
 
 def _extreme(result: Tensor, name: str, force: int | None) -> float:

@@ -87,7 +87,6 @@ class Workbench:
                 if snapshot is not None:
                     snapshot.restore()
 
-
     def _copy(self) -> nn.Module:
         """A deep copy, made when the last one is gone: never are there two at a time."""
         if self._last() is not None:

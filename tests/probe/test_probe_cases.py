@@ -144,6 +144,79 @@ class EagerCoin(LayerDrop):
         return x
 
 
+class LayersDrawnAtOnce(LayerDrop):
+    def forward(self, x):
+        coins = self.coin()
+        for coin, layer in zip(coins, self.layers, strict=True):
+            if not self.training or coin > self.p:
+                x = layer(x)
+        return x
+
+
+class CopiedBeside(CopiedFlag):
+    """A flag copied to another attribute beside a dropout module that reads its own."""
+
+    def __init__(self, factor):
+        super().__init__(lambda x, on: x * factor if on else x)
+        self.drop = nn.Dropout(0.5)
+
+    def forward(self, x):
+        return self.drop(super().forward(x))
+
+
+class Statistics(nn.Module):
+    """A mean and a variance that training writes. uses: what it then normalises by."""
+
+    def __init__(self, uses):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(8))
+        self.register_buffer("var", torch.ones(8))
+        self.uses = uses
+
+    def forward(self, x):
+        mean, var = self.mean, self.var
+        if self.training:
+            batch = x.mean((0, 1)), x.var((0, 1))
+            self.mean = self.mean + 0.1 * (batch[0] - self.mean)
+            self.var = self.var + 0.1 * (batch[1] - self.var)
+            mean, var = {"batch": batch, "moving": (self.mean, self.var), "stored": (mean, var)}[self.uses]
+        return (x - mean) / (var + 1e-5).sqrt()
+
+
+class Merging(nn.Module):
+    """Adds its low-rank part to the weight in eval mode."""
+
+    def __init__(self, factor):
+        super().__init__()
+        self.lin, self.part, self.factor = nn.Linear(8, 8), nn.Parameter(torch.randn(8, 8)), factor
+        self.merged = False
+
+    def train(self, mode=True):
+        if self.merged is mode:
+            sign = -1 if mode else self.factor
+            self.lin.weight.data += sign * self.part.data
+            self.merged = not mode
+        return super().train(mode)
+
+    def forward(self, x):
+        return self.lin(x) if self.merged else self.lin(x) + F.linear(x, self.part)
+
+
+def path_by_where(p):
+    return run(lambda s, x: x + torch.where(torch.rand(4, 1, 1) < p, 0.0, s.lin(x)) if s.training else x + s.lin(x),
+               lin=nn.Linear(8, 8))  # fmt: skip
+
+
+def native_norm(frozen):
+    return run(
+        lambda s, x: torch.native_batch_norm(
+            x, None, None, s.mean, s.var, s.training and not frozen, 0.1, 1e-5
+        )[0],
+        mean=nn.Buffer(torch.zeros(6)),
+        var=nn.Buffer(torch.ones(6)),
+    )
+
+
 def accelerate_like(p):
     model = nn.Sequential(nn.Linear(8, 8), nn.Dropout(p))
     for module in model:
@@ -327,6 +400,25 @@ CASES = [
     Case("LayerDrop by numpy", lambda: LayerDrop(0.5, lambda: np.random.uniform(0, 1)), "differs", S, "t"),
     Case("LayerDrop, drawn in both modes", lambda: EagerCoin(0.1), "differs", S, "t"),
     Case("LayerDrop, drawn in both modes, p=0", lambda: EagerCoin(0.0), "none"),
+    Case("DropPath, rare", lambda: DropPath(0.001), "differs", S, "t"),
+    Case("DropPath by where", path_by_where(0.3), "differs", S, "t"),
+    Case("DropPath by where, p=0", path_by_where(0.0), "none"),
+    Case("LayerDrop, drawn at once", lambda: LayersDrawnAtOnce(0.5, lambda: torch.rand(2)), "differs", S, "t"),
+    Case("LayerDrop, drawn at once, p=0", lambda: LayersDrawnAtOnce(0.0, lambda: torch.rand(2)), "none"),
+    Case("LayerDrop, drawn at once by numpy", lambda: LayersDrawnAtOnce(0.01, lambda: np.random.rand(2)), "differs", S, "t"),
+    Case("noise taken apart", run(lambda s, x: x + torch.stack([n * 2 for n in torch.randn(8)]) * s.training),
+         "differs", N, "t"),
+    Case("gated and ungated in one line", run(lambda s, x: F.dropout(F.dropout(x, 0.5), 0.5, s.training)), "differs", FD, "te"),
+    Case("twice ungated in one line", run(lambda s, x: F.dropout(F.dropout(x, 0.5), 0.5)), "none", "", "te"),
+    Case("flag copied beside a dropout", lambda: CopiedBeside(2.0), "differs", f"{M} {BR}", "t"),
+    Case("flag copied beside a dropout, same branches", lambda: CopiedBeside(1.0), "differs", M, "t"),
+    Case("BatchNorm by hand", lambda: Statistics("batch"), "differs", B),
+    Case("moving statistics in both modes", lambda: Statistics("moving"), "differs", BR),
+    Case("stored statistics in both modes", lambda: Statistics("stored"), "none"),
+    Case("native batch norm", native_norm(False), "differs", B),
+    Case("native batch norm, frozen", native_norm(True), "none"),
+    Case("weights merged in eval", lambda: Merging(1), "none"),
+    Case("weights merged wrongly", lambda: Merging(2), "differs", BR),
     Case("random flip", run(lambda s, x: x.flip(-1) if s.training and torch.rand(1) < 0.5 else x), "differs", N, "t"),
     Case("dropout that reaches no output", run(lambda s, x: (s.d(x), x)[1], d=nn.Dropout(0.5)), "none"),
     Case("functional dropout that reaches no output", run(lambda s, x: (F.dropout(x, 0.5, s.training), x)[1]), "none"),
