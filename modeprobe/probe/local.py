@@ -115,14 +115,14 @@ class LocalJudge:
         return [finding]
 
     def _gated_coins(self) -> list[Finding]:
-        """Scalar draws made in both modes whose outcome only counts in one."""
+        """Coins drawn in both modes whose outcome only counts in one."""
         coins = {
             key: events
             for key, events in self.flipped.trace.active().items()
             if key.kind == "draw"
             and key.path == self.path
             and key not in self.added
-            and all(event.scalar for event in events)
+            and all(event.coin for event in events)
         }
         if not coins:
             return []

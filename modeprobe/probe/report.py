@@ -113,7 +113,7 @@ class Part:
     calls: int
 
 
-@dataclass
+@dataclass(repr=False)
 class Report:
     """What train() and eval() change. `print(report)` to read it; `to_json()` for programs.
 
@@ -209,6 +209,8 @@ class Report:
         from modeprobe.probe.text import to_text
 
         return to_text(self)
+
+    __repr__ = __str__  # what a prompt and a failed assertion show
 
     def __rich__(self) -> Any:
         from modeprobe.probe.text import to_rich

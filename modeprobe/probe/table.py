@@ -13,10 +13,10 @@ _NARROWEST = 24
 def fold(text: str, width: int) -> list[str]:
     """Lines of at most `width` characters, broken after a dot, underscore, slash, comma or space.
 
-    A piece without such a place keeps its length.
+    A piece without such a place keeps its length; what stands in brackets stays with the word before.
     """
     lines = [""]
-    for piece in re.findall(r"[^._/, ]*[._/, ]?", text):
+    for piece in re.findall(r"[^._/, ]*(?: \([^)]*\)|[._/, ])?", text):
         if len((lines[-1] + piece).rstrip()) > width and lines[-1]:
             lines.append("")
         lines[-1] += piece
@@ -26,9 +26,10 @@ def fold(text: str, width: int) -> list[str]:
 def fit(rows: Sequence[Sequence[str]], width: int, drop: Sequence[int]) -> dict[int, int]:
     """Width of each column kept, so that all rows fit.
 
-    The widest column is folded first; where words alone are too wide, the columns in `drop` go, in order.
+    Empty columns go. The widest column is folded first; where words alone are too wide, the columns in `drop`
+    go, in order.
     """
-    columns = range(len(rows[0]))
+    columns = [i for i in range(len(rows[0])) if any(row[i] for row in rows[1:])]
     wanted = {i: max(len(row[i]) for row in rows) for i in columns}
     # A name may be folded into some lines, not into a ladder of them.
     least = {
@@ -45,7 +46,7 @@ def fit(rows: Sequence[Sequence[str]], width: int, drop: Sequence[int]) -> dict[
             widths[max(loose, key=widths.__getitem__)] -= 1
         if sum(widths.values()) <= room or gone is None:
             return widths
-        del wanted[gone]
+        wanted.pop(gone, None)
     return wanted
 
 

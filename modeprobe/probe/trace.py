@@ -263,6 +263,9 @@ class Tracer:
                 event.scales = True
             if isinstance(result, Tensor) and (result.numel() == tensor.numel() or name in _PICKING):
                 self._track(result, event)
+            elif isinstance(result, tuple) and name in _PICKING:
+                for part in result:
+                    self._track(part, event)
 
     def _track(self, tensor: Tensor, event: Event) -> None:
         self.tracked[id(tensor)] = event
@@ -357,6 +360,10 @@ def _shape(values: tuple) -> tuple[int, ...]:
     return next((tuple(value.shape) for value in values if isinstance(value, Tensor)), ())
 
 
+# As good as zero, but above it: a layer that runs where `draw > 0` is never skipped.
+_LOW = 2**-20
+
+
 def _is_zero(value: Any) -> bool:
     return not value.any() if isinstance(value, Tensor) else value == 0
 
@@ -365,7 +372,7 @@ def _extreme(result: Tensor, name: str, force: int | None) -> float:
     if name in ("randn", "normal", "normal_", "randn_like"):
         return 3.0 if force else -3.0
     if result.is_floating_point() and not name.startswith("bernoulli"):
-        return 1.0 - 2**-11 if force else 0.0
+        return 1.0 - 2**-11 if force else _LOW
     return 1.0 if force else 0.0
 
 
@@ -373,7 +380,7 @@ def _range(name: str, args: tuple) -> tuple[float, float]:
     if name.endswith(".uniform") and len(args) >= 2 and all(isinstance(a, (int, float)) for a in args[:2]):
         return float(args[0]), float(args[1])
     if name.endswith((".random", ".rand", ".random_sample", ".uniform")):
-        return 0.0, 1.0 - 2**-11
+        return _LOW, 1.0 - 2**-11
     return -3.0, 3.0
 
 

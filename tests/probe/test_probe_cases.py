@@ -145,8 +145,12 @@ class EagerCoin(LayerDrop):
 
 
 class LayersDrawnAtOnce(LayerDrop):
+    def __init__(self, p, coin, always):
+        super().__init__(p, coin)
+        self.always = always
+
     def forward(self, x):
-        coins = self.coin()
+        coins = self.coin() if self.training or self.always else [1.0] * len(self.layers)
         for coin, layer in zip(coins, self.layers, strict=True):
             if not self.training or coin > self.p:
                 x = layer(x)
@@ -403,9 +407,14 @@ CASES = [
     Case("DropPath, rare", lambda: DropPath(0.001), "differs", S, "t"),
     Case("DropPath by where", path_by_where(0.3), "differs", S, "t"),
     Case("DropPath by where, p=0", path_by_where(0.0), "none"),
-    Case("LayerDrop, drawn at once", lambda: LayersDrawnAtOnce(0.5, lambda: torch.rand(2)), "differs", S, "t"),
-    Case("LayerDrop, drawn at once, p=0", lambda: LayersDrawnAtOnce(0.0, lambda: torch.rand(2)), "none"),
-    Case("LayerDrop, drawn at once by numpy", lambda: LayersDrawnAtOnce(0.01, lambda: np.random.rand(2)), "differs", S, "t"),
+    Case("LayerDrop, drawn at once", lambda: LayersDrawnAtOnce(0.5, lambda: torch.rand(2), False), "differs", S, "t"),
+    Case("LayerDrop, drawn at once, p=0", lambda: LayersDrawnAtOnce(0.0, lambda: torch.rand(2), False), "none"),
+    Case("LayerDrop, drawn at once in both modes", lambda: LayersDrawnAtOnce(0.01, lambda: torch.rand(2), True),
+         "differs", S, "t"),
+    Case("LayerDrop, drawn at once by numpy", lambda: LayersDrawnAtOnce(0.01, lambda: np.random.rand(2), True),
+         "differs", S, "t"),
+    Case("LayerDrop, drawn at once by numpy, p=0", lambda: LayersDrawnAtOnce(0.0, lambda: np.random.rand(2), True),
+         "none"),
     Case("noise taken apart", run(lambda s, x: x + torch.stack([n * 2 for n in torch.randn(8)]) * s.training),
          "differs", N, "t"),
     Case("gated and ungated in one line", run(lambda s, x: F.dropout(F.dropout(x, 0.5), 0.5, s.training)), "differs", FD, "te"),
