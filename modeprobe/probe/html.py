@@ -82,10 +82,11 @@ def _environment() -> Any:
     )
 
 
-def _values(report: Report) -> dict[str, Any]:
+def _values(report: Report, page: bool) -> dict[str, Any]:
     roles = {part.role for part in report.parts}
     return {
         "report": report,
+        "page": page,
         "headings": HEADINGS,
         "rows": rows(report),
         "facts": facts(report),
@@ -97,9 +98,9 @@ def _values(report: Report) -> dict[str, Any]:
 
 
 def to_html(report: Report) -> str:
-    return _environment().get_template("report.html").render(**_values(report))
+    return _environment().get_template("report.html").render(**_values(report, True))
 
 
 def to_fragment(report: Report) -> str:
-    """For notebooks: the same content without the page around it."""
-    return _environment().get_template("fragment.html").render(**_values(report))
+    """For notebooks: the same content without the page around it, the module tree closed."""
+    return _environment().get_template("fragment.html").render(**_values(report, False))

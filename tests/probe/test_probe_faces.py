@@ -1,7 +1,9 @@
 """Contexts, assertions, renderings and the command line."""
 
 import html.parser
+import io
 import json
+import re
 import sys
 
 import pytest
@@ -12,6 +14,7 @@ from typer.testing import CliRunner
 
 import modeprobe as mp
 from modeprobe.cli import app
+from modeprobe.probe.table import fold
 
 pytestmark = pytest.mark.rung("reference")
 
@@ -178,6 +181,32 @@ def test_html_is_self_contained_and_well_formed(report):
     assert report._repr_html_().count("<html") == 0
 
 
+def test_a_prompt_shows_the_report(report):
+    assert repr(report) == str(report)
+
+
+def test_cells_fold_between_words():
+    assert fold("encoder.layers.*.attention.dropout (2 times)", 20) == [
+        "encoder.layers.*.",
+        "attention.",
+        "dropout (2 times)",
+    ]
+    assert fold("unbreakable", 4) == ["unbreakable"]
+
+
+@pytest.mark.parametrize("width", [118, 80, 60, 40])
+def test_tables_fit_and_keep_words_whole(report, width):
+    from rich.console import Console
+
+    console = Console(file=io.StringIO(), width=width, color_system=None)
+    console.print(report)
+    lines = console.file.getvalue().splitlines()
+    assert max(map(len, lines)) <= width
+    assert sum("module_dropout" in line for line in lines) == 1
+    heading = next(line for line in lines if line.startswith("module"))
+    assert ("where" in heading) == (width >= 80)
+
+
 MODULE = """
 import torch
 from torch import nn
@@ -244,3 +273,25 @@ def test_command_line_builds_transformers(single_thread):
     result = CliRunner().invoke(app, ["probe", "--transformers", "lama"])
     assert result.exit_code == 3
     assert "llama" in result.output
+
+
+def test_types_composed_of_two_models_are_built(single_thread):
+    pytest.importorskip("transformers", reason="pip install 'modeprobe[probe]'")
+    from modeprobe.probe import architectures
+
+    model, inputs = architectures.build("vision-encoder-decoder")
+    assert {type(model.encoder).__name__, type(model.decoder).__name__} == {"ViTModel", "BertLMHeadModel"}
+    assert inputs.keys() == {"pixel_values", "decoder_input_ids"}
+
+
+def test_types_that_cannot_be_built_say_why(monkeypatch, single_thread):
+    pytest.importorskip("transformers", reason="pip install 'modeprobe[probe]'")
+    from modeprobe.probe import architectures
+
+    for raised, said in (
+        (ImportError("natten is missing"), "bert needs a package: ImportError: natten is missing"),
+        (KeyError("depths"), "a tiny bert could not be built from its configuration:\n  KeyError: 'depths'"),
+    ):
+        monkeypatch.setattr(architectures, "_made", lambda *args, raised=raised: raised)
+        with pytest.raises(architectures.ArchitectureError, match=re.escape(said)):
+            architectures.build("bert")
