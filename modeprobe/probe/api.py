@@ -102,8 +102,8 @@ def _attribute(attributor: Attributor, seen: Observation, call: Call) -> None:
     if seen.effect is None or not seen.effect.differs:
         return
     if reached:
-        owned = all(item.finding.owners for item in reached)
-        if owned and call.forwards < budget and reach.kept_elsewhere():
+        comparable = seen.is_reproducible(False) and all(item.finding.owners for item in reached)
+        if comparable and call.forwards < budget and reach.kept_elsewhere():
             found.located += [Located(finding, Comparison((), 0)) for finding in attributor.bisect(False)]
     elif found.located:
         found.notes.append("effects were found at modules but not followed to the outputs")
