@@ -272,7 +272,8 @@ def _inputs(model: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
     if "decoder_input_ids" in parameters and getattr(config, "is_encoder_decoder", False):
         text["decoder_input_ids"] = tokens(8, vocabulary)
     decoder = {k: v for k, v in text.items() if k.startswith("decoder")}
-    channels, sides = size("num_channels", 3), (32, 32)
+    channels = size("num_channels", 3)
+    sides: tuple[int, ...] = (32, 32)
     for holder in (config, getattr(config, "vision_config", None)):
         side = getattr(holder, "image_size", None)
         if side:

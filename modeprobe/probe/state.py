@@ -77,10 +77,10 @@ class _SavedTensor:
         self.tensor = tensor
         self.version = _version(tensor)
         self.alias = tensor.data
-        self.values = None
+        self.values: Tensor | None = None
         if values and not tensor.is_meta:
             same = twin is not None and twin is not tensor and bitwise_equal(tensor, twin)
-            self.values = twin if same else tensor.detach().clone()  # type: ignore[assignment]
+            self.values = twin if same else tensor.detach().clone()
         self.requires_grad = tensor.requires_grad
         self.grad = tensor.grad if tensor.is_leaf else None
         self.grad_values = self.grad.detach().clone() if values and self.grad is not None else None
