@@ -75,7 +75,6 @@ def shared_state(first: nn.Module, second: nn.Module) -> bool:
 class _SavedTensor:
     def __init__(self, tensor: Tensor, values: bool, twin: Tensor | None = None) -> None:
         self.tensor = tensor
-        self.version = _version(tensor)
         self.alias = tensor.data
         self.values: Tensor | None = None
         if values and not tensor.is_meta:
@@ -101,10 +100,6 @@ class _SavedTensor:
                 saved = self.grad_values
                 if self.grad is not None and saved is not None and not bitwise_equal(self.grad, saved):
                     self.grad.data.copy_(saved)
-
-
-def _version(tensor: Tensor) -> int:
-    return -1 if tensor.is_inference() else tensor._version
 
 
 def _same_storage(a: Tensor, b: Tensor) -> bool:
