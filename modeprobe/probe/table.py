@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 _GAP = 2
-_NARROWEST = 24
+_NARROWEST = 14
 
 
 def fold(text: str, width: int) -> list[str]:
@@ -17,7 +17,7 @@ def fold(text: str, width: int) -> list[str]:
     """
     lines = [""]
     for piece in re.findall(r"[^._/, ]*(?: \([^)]*\)|[._/, ])?", text):
-        if len((lines[-1] + piece).rstrip()) > width and lines[-1]:
+        if piece and lines[-1] and len((lines[-1] + piece).rstrip()) > width:
             lines.append("")
         lines[-1] += piece
     return [line.rstrip() for line in lines]
