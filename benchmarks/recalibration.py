@@ -2,8 +2,11 @@
 
     python -m benchmarks.recalibration [--channels-last] [--device cuda]
 
-The network is a small ResNet (two BatchNorm layers per block); rounds are interleaved and the least time of
-each counts, so that what else the machine does meets all alike.
+Three plain passes stand below the line: torch's evaluation forward; the evaluation forward of the same model,
+which for a swapped one runs modeprobe's kernels; and its training forward, which also needs the statistics of
+every batch. The network is a small ResNet (two BatchNorm layers per block). On a CPU one thread works and its
+processor time counts, on a GPU wall time. Rounds are interleaved, and a ratio is the median over the rounds of
+the two times of one round, so that what else the machine does meets all alike.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ import argparse
 import copy
 import time
 from collections.abc import Callable
+from statistics import median
 
 import torch
 from torch import Tensor, nn
@@ -45,18 +49,23 @@ def plain(model: nn.Module, loader: list[Tensor]) -> None:
             model(batch)
 
 
-def measure(works: dict[str, Callable[[], object]], device: str, rounds: int) -> dict[str, float]:
-    """Least seconds of each work over interleaved rounds, after one that does not count."""
-    best = dict.fromkeys(works, float("inf"))
+def measure(works: dict[str, Callable[[], object]], device: str, rounds: int) -> dict[str, list[float]]:
+    """Seconds of each work in every round; one round before does not count."""
+    clock = time.process_time if device == "cpu" else time.perf_counter
+    times: dict[str, list[float]] = {name: [] for name in works}
     for number in range(rounds + 1):
         for name, work in works.items():
-            start = time.perf_counter()
+            start = clock()
             work()
             if device == "cuda":
                 torch.cuda.synchronize()
             if number:
-                best[name] = min(best[name], time.perf_counter() - start)
-    return best
+                times[name].append(clock() - start)
+    return times
+
+
+def ratio(times: dict[str, list[float]], work: str, base: str) -> float:
+    return median(a / b for a, b in zip(times[work], times[base], strict=True))
 
 
 def main() -> None:
@@ -65,33 +74,41 @@ def main() -> None:
     )
     parser.add_argument("--channels-last", action="store_true")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--size", type=int, default=32, help="height and width of the images")
     options = parser.parse_args()
     layout = torch.channels_last if options.channels_last else torch.contiguous_format
+    if options.device == "cpu":
+        torch.set_num_threads(1)
     torch.manual_seed(0)
     model = network().to(device=options.device, memory_format=layout)  # type: ignore[call-overload]
     shape = (16, 3, options.size, options.size)
     loader = [torch.randn(shape).to(options.device, memory_format=layout) for _ in range(4)]
     swapped = copy.deepcopy(model)
     mp.swap(swapped)
-    evaluated, trained = copy.deepcopy(model).eval(), copy.deepcopy(model)
-    times = measure(
-        {
-            "plain forward (torch, evaluation)": lambda: plain(evaluated, loader),
-            "plain forward (torch, training)": lambda: plain(trained, loader),
-            "update_bn": lambda: update_bn(loader, trained),
-            "recalibrate": lambda: mp.recalibrate(model, loader, progress=False),
-            "recalibrate, swapped": lambda: mp.recalibrate(swapped, loader, progress=False),
-            "recalibrate, plain torch": lambda: reference(model, loader),
-            "drift without effect": lambda: mp.drift(model, loader, effect=False, progress=False),
-        },
-        options.device,
-        options.rounds,
-    )
-    base = times["plain forward (torch, evaluation)"]
-    for name, seconds in times.items():
-        print(f"{name:36} {1e3 * seconds / len(loader):8.2f} ms per batch  {seconds / base:5.2f}x")
+
+    def of(name: str, model: nn.Module) -> dict[str, Callable[[], object]]:
+        evaluated, trained, averaged = (copy.deepcopy(model) for _ in range(3))
+        evaluated.eval()
+        return {
+            f"{name}: evaluation forward": lambda: plain(evaluated, loader),
+            f"{name}: training forward": lambda: plain(trained, loader),
+            f"{name}: update_bn": lambda: update_bn(loader, averaged),
+            f"{name}: recalibrate": lambda: mp.recalibrate(model, loader, progress=False),
+            f"{name}: drift without effect": lambda: mp.drift(model, loader, effect=False, progress=False),
+        }
+
+    works = of("torch", model) | of("swapped", swapped)
+    works["torch: recalibrate, reference backend"] = lambda: reference(model, loader)
+    times = measure(works, options.device, options.rounds)
+    print(f"{'':38} {'per batch':>11}   as many times as the evaluation forward   the training forward")
+    print(f"{'':38} {'':>11}   {'of torch':>19}{'of the same model':>20}   {'of the same model':>20}")
+    for name in works:
+        kind = name.split(":")[0]
+        bases = "torch: evaluation forward", f"{kind}: evaluation forward", f"{kind}: training forward"
+        a, b, c = (ratio(times, name, base) for base in bases)
+        milliseconds = 1e3 * min(times[name]) / len(loader)
+        print(f"{name:38} {milliseconds:8.2f} ms   {a:18.2f}x{b:19.2f}x   {c:19.2f}x")
 
 
 def reference(model: nn.Module, loader: list[Tensor]) -> None:

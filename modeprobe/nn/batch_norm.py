@@ -194,9 +194,9 @@ class SyncBatchNorm(_BatchNorm, nn.SyncBatchNorm):
     """:class:`torch.nn.SyncBatchNorm`: in training, statistics over the batches of all processes.
 
     One all-gather of (n, mean, M2) forward and one all-reduce backward; no wait for the device. Processes may
-    have batches of different sizes, also empty ones. Runs on any device that the process group serves;
-    without one, or in evaluation, it is :class:`modeprobe.nn.BatchNorm1d` for inputs of any dimension, and
-    only then twice differentiable.
+    have batches of different sizes, also empty ones. Twice differentiable, with four more messages. Runs on
+    any device that the process group serves; without one, or in evaluation, it is
+    :class:`modeprobe.nn.BatchNorm1d` for inputs of any dimension.
 
     Args:
         process_group: the processes that share statistics; by default all.

@@ -6,6 +6,7 @@ never a running buffer: these may change between the two passes.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -98,7 +99,7 @@ def _forward(ctx, x, weight, bias, residual, key, call):
 def _backward(ctx, grad):
     """The gradients of x, weight, bias and residual."""
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        return _differentiable_backward(ctx, grad)
+        return differentiable_backward(ctx, ctx.saved_tensors, reference.mean_and_variance, grad)
     x, statistics, weight, bias, residual, key, sign_bits = ctx.saved_tensors
     training, _, activation, slope, p, name = ctx.arguments
     need_x, need_weight, need_bias, need_residual = ctx.needs_input_grad[:4]
@@ -152,9 +153,12 @@ class PackedBatchNorm(torch.autograd.Function):
         return *_backward(ctx, grad), None, None
 
 
-def _differentiable_backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-    """The gradients as differentiable functions of the saved tensors, for double backward."""
-    x, statistics, weight, bias, residual, key, sign_bits = ctx.saved_tensors
+def differentiable_backward(
+    ctx, saved: tuple, moments: Callable[[Tensor], tuple[Tensor, Tensor]], grad: Tensor
+) -> tuple[Tensor | None, ...]:
+    """The gradients as differentiable functions of the saved tensors, for double backward; in training
+    `moments` gives mean and biased variance of x."""
+    x, statistics, weight, bias, residual, key, sign_bits = saved
     training, eps, activation, slope, p, _ = ctx.arguments
     need = ctx.needs_input_grad[:4]
     dz, linear = grad, activation == reference.NONE or sign_bits is not None
@@ -169,7 +173,7 @@ def _differentiable_backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         gx = (dz * reference.per_channel(scale, grad)).to(grad.dtype)
         return gx if need[0] else None, None, None, dz if need[3] else None
     if training:
-        mean, variance = reference.mean_and_variance(x)
+        mean, variance = moments(x)
     else:
         mean, variance, eps = statistics[0], statistics[1].pow(-2), 0.0
     y, _ = reference.normalize(x, mean, variance, weight, bias, eps, residual, activation, slope, key, p)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from modeprobe.ops import backend
-from modeprobe.ops.batch_norm import PLAIN, Epilogue, operators, recomputing
+from modeprobe.ops.batch_norm import PLAIN, Epilogue, differentiable_backward, operators, recomputing
 
 
 def gather(values: Tensor, group: Any) -> Tensor:
@@ -19,6 +19,23 @@ def gather(values: Tensor, group: Any) -> Tensor:
     gathered = values.new_empty((world, values.numel()))
     dist.all_gather_into_tensor(gathered.view(-1), values, group=group)
     return gathered
+
+
+class _SumOverProcesses(torch.autograd.Function):
+    """The sum over all processes; what each does with it adds to the gradient, so it is its own backward."""
+
+    @staticmethod
+    def forward(ctx, values, group):
+        import torch.distributed as dist
+
+        ctx.group = group
+        total = values.clone()
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _SumOverProcesses.apply(grad, ctx.group), None
 
 
 class SyncBatchNorm(torch.autograd.Function):
@@ -62,16 +79,24 @@ class SyncBatchNorm(torch.autograd.Function):
             sign_bits if bits else None,
             count,
         )
-        ctx.arguments = activation, slope, p, name, group
+        ctx.arguments = True, eps, activation, slope, p, name
+        ctx.group = group
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         import torch.distributed as dist
 
-        x, statistics, weight, bias, residual, key, sign_bits, count = ctx.saved_tensors
-        activation, slope, p, name, group = ctx.arguments
+        *saved, count = ctx.saved_tensors
+        x, statistics, weight, bias, residual, key, sign_bits = saved
+        _, _, activation, slope, p, name = ctx.arguments
+        group = ctx.group
+        if torch.is_grad_enabled():
+
+            def moments(x):
+                return _shared_moments(x, statistics[0], count, group)
+
+            return *differentiable_backward(ctx, tuple(saved), moments, grad), *[None] * 12
         need_x, need_weight, need_bias, need_residual = ctx.needs_input_grad[:4]
         ops = operators(name)
         tail = (residual, activation, slope, key, p, sign_bits)
@@ -92,6 +117,15 @@ class SyncBatchNorm(torch.autograd.Function):
             (grad if plain else grad_residual) if need_residual else None,
             *[None] * 12,
         )
+
+
+def _shared_moments(x: Tensor, near: Tensor, count: Tensor, group: Any) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance over all processes, differentiable; `near` is the mean as a constant."""
+    deviations = x.to(near.dtype).movedim(1, 0).flatten(1) - near[:, None]
+    count = count.clamp(min=1)
+    off = _SumOverProcesses.apply(deviations.sum(1), group) / count
+    squares = _SumOverProcesses.apply((deviations - off[:, None]).square().sum(1), group)
+    return near + off, squares / count
 
 
 def sync_batch_norm(

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from modeprobe.statistics.effect import measure_effect
 from modeprobe.statistics.feed import Call, Feed, batch_size
 from modeprobe.statistics.guard import unchanged
-from modeprobe.statistics.layers import Layer, batch_or_pooled, find_layers, normalising_with, unwrap
-from modeprobe.statistics.pooled import batch_moments, compare, rms
+from modeprobe.statistics.layers import Layer, find_layers, normalising_with, unwrap
+from modeprobe.statistics.measure import Measure
+from modeprobe.statistics.pooled import compare, rms
 from modeprobe.statistics.report import DriftReport, Effect, LayerDrift
 from modeprobe.statistics.signs import find_signs
 from modeprobe.statistics.trace import Trace
@@ -92,16 +93,11 @@ def drift(
     kept: list[Any] = []
     lot = random.Random(0)
 
-    def provide(i: int, x: Tensor) -> tuple[Tensor, Tensor] | None:
-        n, mean, m2 = batch_moments(x)
-        trace.add(i, n, mean, m2)
-        if lower == "running" or layers[i].frozen or not layers[i].has_buffers:
-            return None
-        return batch_or_pooled(n, mean, m2, layers[i], lambda: trace.layer(i))
-
+    keeps = [lower == "running" or bool(layer.frozen) or not layer.has_buffers for layer in layers]
+    measure = Measure(layers, trace, keeps)
     outcome: Effect | None = None
     with unchanged(model, mode):
-        with normalising_with(layers, provide):
+        with normalising_with(layers, measure.provide, measure.instead):
             for number, batch in enumerate(feed.walk("BatchNorm drift")):
                 sizes.append(batch_size(batch))
                 if effect and feed.once:

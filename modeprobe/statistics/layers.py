@@ -15,6 +15,8 @@ from torch.nn.parameter import is_lazy
 
 # (layer number, input) -> (mean, biased variance) to normalise with, or None for the layer's own buffers
 Provider = Callable[[int, Tensor], "tuple[Tensor, Tensor] | None"]
+# (layer number, args, kwargs of its forward) -> its output, or None to leave it to the layer
+Instead = Callable[[int, tuple[Any, ...], dict[str, Any]], "Tensor | None"]
 # which layers: names, modules, or a predicate of (name, module)
 Selection = Iterable[Any] | Callable[[str, nn.Module], bool] | None
 
@@ -121,44 +123,47 @@ def select(layers: list[Layer], wanted: Selection) -> list[Layer]:
 
 
 @contextmanager
-def normalising_with(layers: list[Layer], provide: Provider) -> Iterator[None]:
+def normalising_with(
+    layers: list[Layer], provide: Provider, instead: Instead | None = None
+) -> Iterator[None]:
     """While inside, layer i normalises with what `provide(i, input)` gives, its buffers being put aside for
-    the length of its own forward. The layers must be in evaluation mode: then a forward writes no buffer, and
-    batches of one value per channel are legal."""
-    handles, aside = [], {}
+    the length of its own forward; where `instead(i, args, kwargs)` gives an output, that is the layer's
+    output. The layers must be in evaluation mode: then a forward writes no buffer, and batches of one value
+    per channel are legal."""
 
-    def before(number: int):
-        def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
+    def stand_in(number: int, module: nn.Module) -> Callable[..., Any]:
+        forward, buffers = module.forward, module._buffers
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            if instead is not None:
+                output = instead(number, args, kwargs)
+                if output is not None:
+                    return output
             x: Tensor = args[0] if args else kwargs["input"]
             given = provide(number, x)
-            if given is not None:
-                buffers = module._buffers
-                aside[number] = (buffers["running_mean"], buffers["running_var"])
-                candidates = (*aside[number], module._parameters.get("weight"))
-                like = next((tensor for tensor in candidates if tensor is not None), x)
-                buffers["running_mean"] = given[0].to(like)
-                buffers["running_var"] = given[1].to(like)
+            if given is None:
+                return forward(*args, **kwargs)
+            kept = buffers["running_mean"], buffers["running_var"]
+            like = next((t for t in (*kept, module._parameters.get("weight")) if t is not None), x)
+            try:
+                buffers["running_mean"], buffers["running_var"] = given[0].to(like), given[1].to(like)
+                return forward(*args, **kwargs)
+            finally:
+                buffers["running_mean"], buffers["running_var"] = kept
 
-        return hook
+        return run
 
-    def after(number: int):
-        def hook(module: nn.Module, *_: Any) -> None:
-            kept = aside.pop(number, None)
-            if kept is not None:
-                module._buffers["running_mean"], module._buffers["running_var"] = kept
-
-        return hook
-
+    own = [vars(layer.module).get("forward") for layer in layers]
     try:
         for number, layer in enumerate(layers):
-            handles.append(layer.module.register_forward_pre_hook(before(number), with_kwargs=True))
-            handles.append(layer.module.register_forward_hook(after(number), always_call=True))
+            vars(layer.module)["forward"] = stand_in(number, layer.module)
         yield
     finally:
-        for handle in handles:
-            handle.remove()
-        for number in list(aside):
-            after(number)(layers[number].module)
+        for layer, forward in zip(layers, own, strict=True):
+            if forward is None:
+                vars(layer.module).pop("forward", None)
+            else:
+                vars(layer.module)["forward"] = forward
 
 
 def batch_or_pooled(n: int, mean: Tensor, m2: Tensor, layer: Layer, pooled: Any) -> tuple[Tensor, Tensor]:

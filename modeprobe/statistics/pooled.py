@@ -56,9 +56,20 @@ def batch_moments(x: Tensor) -> tuple[int, Tensor, Tensor]:
     if fast is not None:
         found = fast(x).to(dtype)
         mean, m2 = found[: x.size(1)], found[x.size(1) : 2 * x.size(1)]
-        # Beyond |mean| / std = 100 its float32 partial sums would show in the pooled variance.
-        if x.device.type != "cpu" or not bool((mean.square() * n > 1e4 * m2).any()):
+        if x.device.type != "cpu" or not too_far(mean, m2 / n):
             return n, mean, m2
+    return exact_moments(x)
+
+
+def too_far(mean: Tensor, variance: Tensor) -> bool:
+    """Whether a channel lies more than 100 standard deviations from zero: the CPU kernel's mean then carries
+    rounding of its float32 partial sums that would show in the pooled variance."""
+    return bool((mean.square() > 1e4 * variance).any())
+
+
+def exact_moments(x: Tensor) -> tuple[int, Tensor, Tensor]:
+    """`batch_moments` in plain torch, in several reads of `x`, which has values."""
+    n, dtype = x.numel() // x.size(1), accumulator_dtype(x.device)
     dims = [0, *range(2, x.dim())]
     work = torch.float64 if x.dtype == torch.float64 else torch.float32
     shift = x.mean(dims, dtype=work)
@@ -88,6 +99,10 @@ def merge(a: Moments, b: Moments) -> Moments:
     return Moments(n, a.mean + delta * weight, a.m2 + b.m2 + delta.square() * a.n * weight)
 
 
+# layer, values per channel, mean, M2; None where the layer's slot has the statistics
+Call = tuple[int, int, Tensor | None, Tensor | None]
+
+
 class Pool:
     """Pooled moments of many layers' channels, side by side in flat vectors of length sum(channels).
 
@@ -115,7 +130,13 @@ class Pool:
         self.skipped = torch.zeros(self.starts[-1], dtype=self.dtype, device=device)
         self.calls = [0] * len(channels)
         self.recent: list[deque] | None = [deque(maxlen=last) for _ in channels] if last else None
-        self._waiting: list[tuple[int, int, Tensor, Tensor]] = []
+        self._waiting: list[Call] = []
+        self._slots = torch.empty(2, self.starts[-1], dtype=self.dtype, device=device)
+        self._slot = [
+            (self._slots[0, self.span(layer)], self._slots[1, self.span(layer)])
+            for layer in range(len(channels))
+        ]
+        self._filled: set[int] = set()
         self._indices: dict[tuple, tuple[Tensor | None, Tensor]] = {}
 
     def zeros(self) -> Moments:
@@ -128,23 +149,38 @@ class Pool:
         """Note one call of a layer; merged by the next `flush`."""
         self._waiting.append((layer, n, mean, m2))
 
+    def slot(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Where a kernel may write a call's mean and unbiased variance; `add_slot` then counts them."""
+        if layer in self._filled:
+            self.flush()
+        return self._slot[layer]
+
+    def add_slot(self, layer: int, n: int) -> None:
+        """Note one call of a layer of which the slot has the statistics; merged by the next `flush`."""
+        self._filled.add(layer)
+        self._waiting.append((layer, n, None, None))
+
     def flush(self) -> None:
         """Merge what waits: one round per repeated call of a layer, in the order of the calls."""
         waiting, self._waiting = self._waiting, []
+        self._filled.clear()
         while waiting:
             seen: set[int] = set()
-            round_: list[tuple[int, int, Tensor, Tensor]] = []
-            rest: list[tuple[int, int, Tensor, Tensor]] = []
+            round_: list[Call] = []
+            rest: list[Call] = []
             for call in waiting:
                 (rest if call[0] in seen else round_).append(call)
                 seen.add(call[0])
             self._round(sorted(round_, key=lambda call: call[0]))
             waiting = rest
 
-    def _round(self, calls: list[tuple[int, int, Tensor, Tensor]]) -> None:
+    def _round(self, calls: list[Call]) -> None:
         index, n = self._positions(tuple(call[0] for call in calls), tuple(call[1] for call in calls))
-        mean = torch.cat([call[2].to(self.device, self.dtype) for call in calls])
-        m2 = torch.cat([call[3].to(self.device, self.dtype) for call in calls])
+        if index is None and all(call[2] is None for call in calls):
+            mean, m2 = self._slots[0], self._slots[1] * (n - 1)
+        else:
+            found = [self._moments(call) for call in calls]
+            mean, m2 = torch.cat([pair[0] for pair in found]), torch.cat([pair[1] for pair in found])
         finite = mean.isfinite() & m2.isfinite()
         batch = Moments(n * finite, torch.where(finite, mean, 0), torch.where(finite, m2, 0))
         for layer, count, *_ in calls:
@@ -156,6 +192,13 @@ class Pool:
                 stop = start + self.channels[layer]
                 self.recent[layer].append(Moments(*(part[start:stop] for part in batch)))
                 start = stop
+
+    def _moments(self, call: Call) -> tuple[Tensor, Tensor]:
+        layer, n, mean, m2 = call
+        if mean is None or m2 is None:
+            mean, variance = self._slot[layer]
+            return mean, variance * (n - 1)
+        return mean.to(self.device, self.dtype), m2.to(self.device, self.dtype)
 
     def _positions(self, layers: tuple[int, ...], counts: tuple[int, ...]) -> tuple[Tensor | None, Tensor]:
         """Where the layers stand in the flat vectors (None: they fill them), and the counts per channel."""

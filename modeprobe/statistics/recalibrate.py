@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from modeprobe.statistics.feed import Call, Feed
 from modeprobe.statistics.guard import unchanged
 from modeprobe.statistics.layers import (
+    Instead,
     Layer,
     Provider,
     Selection,
@@ -22,6 +23,7 @@ from modeprobe.statistics.layers import (
     select,
     unwrap,
 )
+from modeprobe.statistics.measure import Measure
 from modeprobe.statistics.pooled import Moments, Pool, batch_moments, compare, rms
 from modeprobe.statistics.ranks import exchange, group_of, merge_ranks
 from modeprobe.statistics.report import RecalibratedLayer, RecalibrationReport
@@ -114,10 +116,11 @@ def recalibrate(
 
 
 class Measured:
-    """One layer's moments, calls and skipped calls."""
+    """One layer's moments, calls and skipped calls; and what it normalises with once it is done."""
 
     def __init__(self, moments: Moments, calls: int, skipped: Tensor):
         self.moments, self.calls, self.skipped = moments, calls, skipped
+        self.statistics = moments.mean, moments.variance()
 
 
 def _pool(chosen: list[Layer], options: dict) -> Pool:
@@ -141,11 +144,16 @@ def _collect(pool: Pool, error: BaseException | None, group: Any) -> list[Measur
 
 
 def _pass(
-    feed: Feed, chosen: list[Layer], provide: Provider, pool: Pool, group: Any, text: str
+    feed: Feed,
+    chosen: list[Layer],
+    hooks: tuple[Provider, Instead | None],
+    pool: Pool,
+    group: Any,
+    text: str,
 ) -> list[Measured]:
     """One walk over the loader; what the pool then holds. Other ranks are told if this one fails."""
     try:
-        with normalising_with(chosen, provide):
+        with normalising_with(chosen, *hooks):
             for batch in feed.walk(text):
                 with suppress(_Enough):
                     feed.run(batch)
@@ -159,13 +167,9 @@ def _pass(
 
 def _one_pass(feed: Feed, chosen: list[Layer], group: Any, options: dict) -> dict[int, Measured]:
     pool = _pool(chosen, options)
-
-    def provide(i: int, x: Tensor) -> tuple[Tensor, Tensor]:
-        n, mean, m2 = batch_moments(x)
-        pool.add(i, n, mean, m2)
-        return batch_or_pooled(n, mean, m2, chosen[i], lambda: pool.layer(i))
-
-    return dict(enumerate(_pass(feed, chosen, provide, pool, group, "BatchNorm statistics")))
+    measure = Measure(chosen, pool)
+    hooks = measure.provide, measure.instead
+    return dict(enumerate(_pass(feed, chosen, hooks, pool, group, "BatchNorm statistics")))
 
 
 def _layer_by_layer(feed: Feed, chosen: list[Layer], group: Any, options: dict) -> dict[int, Measured]:
@@ -177,7 +181,7 @@ def _layer_by_layer(feed: Feed, chosen: list[Layer], group: Any, options: dict) 
         def provide(i: int, x: Tensor, target: int = target, pool: Pool = pool) -> tuple[Tensor, Tensor]:
             done = results.get(i)
             if done is not None:
-                return done.moments.mean, done.moments.variance()
+                return done.statistics
             n, mean, m2 = batch_moments(x)
             if i == target:
                 pool.add(i, n, mean, m2)
@@ -186,7 +190,7 @@ def _layer_by_layer(feed: Feed, chosen: list[Layer], group: Any, options: dict) 
             return batch_or_pooled(n, mean, m2, chosen[i], lambda: pool.layer(i))
 
         text = f"BatchNorm statistics, layer {len(results) + 1} of {len(order)}"
-        results[target] = _pass(feed, chosen, provide, pool, group, text)[target]
+        results[target] = _pass(feed, chosen, (provide, None), pool, group, text)[target]
     return results
 
 
@@ -198,16 +202,16 @@ def _order_of_calls(feed: Feed, chosen: list[Layer], group: Any) -> tuple[list[i
     repeats = torch.zeros(len(chosen), dtype=torch.float64)
     seen: set[int] = set()
 
-    def provide(i: int, x: Tensor) -> tuple[Tensor, Tensor]:
+    measure = Measure(chosen, pool)
+
+    def instead(i: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
         position[i] = min(float(position[i]), position.isfinite().sum().item())
         repeats[i] += i in seen
         seen.add(i)
-        n, mean, m2 = batch_moments(x)
-        pool.add(i, n, mean, m2)
-        return batch_or_pooled(n, mean, m2, chosen[i], lambda: pool.layer(i))
+        return measure.instead(i, args, kwargs)
 
     try:
-        with normalising_with(chosen, provide):
+        with normalising_with(chosen, measure.provide, instead):
             for batch in feed.walk("order of the BatchNorm layers"):
                 seen.clear()
                 feed.run(batch)
@@ -239,7 +243,7 @@ def _write(
         layer, moments, calls = chosen[i], measured.moments, measured.calls
         if not calls:
             continue
-        variance, left_out = moments.variance(), int(measured.skipped.max().item())
+        variance, left_out = measured.statistics[1], int(measured.skipped.max().item())
         _check(layer, moments, variance, calls, left_out if nonfinite == "raise" else 0)
         shift, ratio = compare(*layer.running, moments.mean, variance, layer.eps)
         buffers += layer.running
