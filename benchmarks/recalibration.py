@@ -5,8 +5,8 @@
 Three plain passes stand below the line: torch's evaluation forward; the evaluation forward of the same model,
 which for a swapped one runs modeprobe's kernels; and its training forward, which also needs the statistics of
 every batch. The network is a small ResNet (two BatchNorm layers per block). On a CPU one thread works and its
-processor time counts, on a GPU wall time. Rounds are interleaved, and a ratio is the median over the rounds of
-the two times of one round, so that what else the machine does meets all alike.
+processor time counts, on a GPU wall time. Rounds are interleaved, and a ratio is the median over the rounds
+of the two times of one round, so that what else the machine does meets all alike.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ from modeprobe import functional as F
 from modeprobe.nn._backend import on_own_backend
 from modeprobe.nn.policy import StatisticsPolicy
 from modeprobe.ops import batch_norm as ops
+from modeprobe.ops.sync_batch_norm import sum_over_processes
 from modeprobe.reference import accumulate_dtype
 
 _OPTIONS = ("activation", "negative_slope", "dropout_p", "nonfinite", "float32_buffers")
@@ -97,7 +98,14 @@ class _BatchNorm(StatisticsPolicy, nn.modules.batchnorm._BatchNorm):
                     self._buffers[key] = (after if wide.is_meta and not after.is_meta else wide).float()
         return result
 
-    def _batch_norm(self, input: Tensor, residual: Tensor | None, function: Callable[..., Tensor]) -> Tensor:
+    def _batch_norm(
+        self,
+        input: Tensor,
+        residual: Tensor | None,
+        function: Callable[..., Tensor],
+        count_all: Callable[[int], Tensor] | None = None,
+    ) -> Tensor:
+        """`count_all` makes of the values per channel here those in all processes."""
         policy = self._statistics
         training = self.training and policy != "frozen"
         update = training and self.track_running_stats
@@ -111,7 +119,7 @@ class _BatchNorm(StatisticsPolicy, nn.modules.batchnorm._BatchNorm):
         if pending:
             # A factor of 1 assigns: these become the batch's own statistics.
             mean, var = input.new_full((2, self.num_features), torch.nan, dtype=accumulate_dtype(input))
-            counter, momentum = None, 1.0
+            counter, momentum = input.new_zeros((), dtype=torch.int64), 1.0
         folded = self.folded_dropout
         if folded:
             dropout_p = folded[0].p if folded[0].training else 0.0
@@ -133,8 +141,9 @@ class _BatchNorm(StatisticsPolicy, nn.modules.batchnorm._BatchNorm):
             num_batches_tracked=counter,
             skipped_batches=self._buffers.get("skipped_batches") if update else None,
         )
-        if pending and mean is not None and var is not None and not ops.recomputing():
-            self.hold(mean, var, input.numel() // max(1, input.size(1)))
+        if pending and mean is not None and var is not None and counter is not None:
+            n = input.numel() // max(1, input.size(1))
+            self.hold(mean, var, n if count_all is None else count_all(n), counter)
         return output
 
     @on_own_backend
@@ -231,7 +240,10 @@ class SyncBatchNorm(_BatchNorm, nn.SyncBatchNorm):
             group = self.process_group or distributed.group.WORLD
             if distributed.get_world_size(group) > 1:
                 return self._batch_norm(
-                    input, residual, lambda *args, **options: F.sync_batch_norm(*args, group=group, **options)
+                    input,
+                    residual,
+                    lambda *args, **options: F.sync_batch_norm(*args, group=group, **options),
+                    lambda n: sum_over_processes(input.new_tensor(n, dtype=torch.int64), group),
                 )
         return self._batch_norm(input, residual, F.batch_norm)
 

@@ -29,7 +29,6 @@ class StatisticsPolicy(nn.Module):
     running_var: Tensor | None
     num_batches_tracked: Tensor | None
     momentum: float | None
-    nonfinite: str
     _statistics: str = "ema"
     _pending: Tensor | None = None  # float64 (2 * C + 1): mean, M2, n
 
@@ -57,22 +56,22 @@ class StatisticsPolicy(nn.Module):
             self._pending = self._pending.to(self.running_mean.device)
         return self
 
-    def hold(self, mean: Tensor, variance: Tensor, n: int) -> None:
-        """Merge a batch of `n` values per channel (its mean, its unbiased variance) into what is pending."""
+    @torch.no_grad()
+    def hold(self, mean: Tensor, variance: Tensor, n: int | Tensor, taken: Tensor) -> None:
+        """Merge a batch of `n` values per channel (its mean, its unbiased variance) into what is pending,
+        unless `taken` says 0: a batch that was recomputed, or left out because it is not finite."""
         pending = self._pending
-        if pending is None or n == 0:
+        if pending is None:
             return
-        with torch.no_grad():
-            channels = mean.numel()
-            mean, variance = mean.double(), variance.double()
-            old_mean, old_m2, count = pending[:channels], pending[channels:-1], pending[-1:]
-            share = n / (count + n)
-            delta = mean - old_mean
-            m2 = old_m2 + variance * (n - 1) + delta.square() * count * share
-            merged = torch.cat([old_mean + delta * share, m2, count + n])
-            if self.nonfinite == "skip":
-                merged = torch.where(mean.isfinite().all() & variance.isfinite().all(), merged, pending)
-            pending.copy_(merged)
+        channels = mean.numel()
+        mean, variance = mean.double(), variance.double()
+        old_mean, old_m2, count = pending[:channels], pending[channels:-1], pending[-1:]
+        total = count + n
+        share = n / total
+        delta = mean - old_mean
+        m2 = old_m2 + variance * (n - 1) + delta.square() * count * share
+        merged = torch.cat([old_mean + delta * share, m2, total])
+        pending.copy_(torch.where((taken > 0) & (total > 0), merged, pending))
 
     @torch.no_grad()
     def commit(self) -> None:

@@ -55,6 +55,22 @@ if _extension.loaded():
     _backends["native"] = SimpleNamespace(
         **{_name: getattr(torch.ops.modeprobe, _name).default for _name in FAKES}
     )
+    _library = torch.library.Library("modeprobe", "FRAGMENT")
+    _library.define(
+        str(_backends["native"].batch_norm_train._schema)
+        .removeprefix("modeprobe::")
+        .replace("batch_norm_train", "batch_norm_train_once", 1),
+        tags=(torch.Tag.pt2_compliant_tag,),
+    )
+    torch.library.register_fake("modeprobe::batch_norm_train_once", FAKES["batch_norm_train"])
+
+    @torch.library.impl(_library, "batch_norm_train_once", "CompositeExplicitAutograd")
+    def _train_once(input, weight, bias, mean, var, counter, skipped, *rest):
+        if recomputing():
+            mean = var = counter = skipped = None
+        return _backends["native"].batch_norm_train(input, weight, bias, mean, var, counter, skipped, *rest)
+
+    _backends["native"].batch_norm_train_once = torch.ops.modeprobe.batch_norm_train_once.default
 
 
 def operators(name: str) -> Any:
@@ -66,6 +82,14 @@ def operators(name: str) -> Any:
     return _backends[name]
 
 
+def _train(ops: Any) -> Any:
+    """`batch_norm_train`; in a compiled graph the form that asks when it runs whether it recomputes. An
+    exported program keeps the operator that needs no Python."""
+    if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+        return getattr(ops, "batch_norm_train_once", ops.batch_norm_train)
+    return ops.batch_norm_train
+
+
 def _forward(ctx, x, weight, bias, residual, key, call):
     running_mean, running_var, counter, skipped, training, momentum, eps, activation, slope, p, name = call
     ops = operators(name)
@@ -75,7 +99,7 @@ def _forward(ctx, x, weight, bias, residual, key, call):
         bits, recomputes = epilogue.wants_sign_bits(), epilogue.wants_input()
     tail = (residual, activation, slope, key, p)
     if training:
-        y, statistics, sign_bits = ops.batch_norm_train(
+        y, statistics, sign_bits = _train(ops)(
             x, weight, bias, running_mean, running_var, counter, skipped, momentum, eps, *tail, bits
         )
     else:
@@ -279,7 +303,7 @@ def batch_norm(
         return PackedBatchNorm.apply(x, weight, bias, residual, key, call)
     ops = operators(name)
     if training:
-        return ops.batch_norm_train(
+        return _train(ops)(
             x,
             weight,
             bias,

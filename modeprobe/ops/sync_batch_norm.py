@@ -17,8 +17,18 @@ def gather(values: Tensor, group: Any) -> Tensor:
 
     world = dist.get_world_size(group)
     gathered = values.new_empty((world, values.numel()))
-    dist.all_gather_into_tensor(gathered.view(-1), values, group=group)
+    # Its older name is deprecated; torch 2.10 has only that.
+    all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    all_gather(gathered.view(-1), values, group=group)
     return gathered
+
+
+def sum_over_processes(values: Tensor, group: Any) -> Tensor:
+    import torch.distributed as dist
+
+    total = values.clone()
+    dist.all_reduce(total, group=group)
+    return total
 
 
 class _SumOverProcesses(torch.autograd.Function):
@@ -26,12 +36,8 @@ class _SumOverProcesses(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, values, group):
-        import torch.distributed as dist
-
         ctx.group = group
-        total = values.clone()
-        dist.all_reduce(total, group=group)
-        return total
+        return sum_over_processes(values, group)
 
     @staticmethod
     def backward(ctx, grad):
@@ -85,8 +91,6 @@ class SyncBatchNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        import torch.distributed as dist
-
         *saved, count = ctx.saved_tensors
         x, statistics, weight, bias, residual, key, sign_bits = saved
         _, _, activation, slope, p, name = ctx.arguments
@@ -104,9 +108,7 @@ class SyncBatchNorm(torch.autograd.Function):
         grad_x = grad_residual = None
         plain = activation == PLAIN.activation and key is None
         if need_x or (need_residual and not plain):
-            means = sums.clone()
-            dist.all_reduce(means, group=group)
-            means /= count.clamp(min=1)
+            means = sum_over_processes(sums, group) / count.clamp(min=1)
             grad_x, grad_residual = ops.batch_norm_backward_input(
                 grad, x, statistics, means, weight, bias, need_residual and not plain, *tail
             )

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from modeprobe.statistics.feed import Feed, batch_size, tensors
 from modeprobe.statistics.layers import Layer, batch_or_pooled, normalising_with
-from modeprobe.statistics.pooled import Pool, batch_moments
+from modeprobe.statistics.pooled import Pool, batch_moments, kernel_moments
 from modeprobe.statistics.report import Change, Effect
 
 PAIRS = {"running_vs_full": (0, 1), "running_vs_batch": (0, 2), "batch_vs_full": (2, 1)}
@@ -56,7 +56,7 @@ def measure_effect(
     def of_batch(i: int, x: Tensor) -> tuple[Tensor, Tensor] | None:
         if not free[i]:
             return None
-        n, mean, m2 = batch_moments(x)
+        n, mean, m2 = kernel_moments(x) or batch_moments(x)
         return batch_or_pooled(n, mean, m2, layers[i], lambda: pool.layer(i))
 
     differences = {name: _Difference() for name in PAIRS}

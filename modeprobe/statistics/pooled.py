@@ -6,8 +6,8 @@ variances" (1979). The result does not depend on how the values were cut into ba
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections import deque
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -40,36 +40,37 @@ def channel_view(values: Tensor, x: Tensor) -> Tensor:
     return values.view(1, -1, *(1,) * (x.dim() - 2))
 
 
+def kernel_moments(x: Tensor) -> tuple[int, Tensor, Tensor] | None:
+    """`batch_moments` in one read of `x` by modeprobe's kernel. None where there is none, or no value.
+
+    Its mean carries rounding of float32, at |mean| / std = 1e4 some 1e-4 standard deviations: see `too_far`.
+    """
+    name = backend.resolve(x.device.type)
+    if name == "reference" or not x.numel():
+        return None
+    wide = name == "native" and x.device.type == "cpu"
+    moments = torch.ops.modeprobe.batch_norm_moments_double if wide else operators(name).batch_norm_moments
+    channels = x.size(1)
+    found = moments(x).to(accumulator_dtype(x.device))
+    return x.numel() // channels, found[:channels], found[channels : 2 * channels]
+
+
+def too_far(mean: Tensor, m2: Tensor, n: int | Tensor) -> Tensor:
+    """Channels more than 32 standard deviations from zero: rounding of a kernel's mean, 2^-24 of it, would
+    show in their pooled variance, to which differences between the batches' means add."""
+    return mean.square() * n > 1e3 * m2
+
+
 def batch_moments(x: Tensor) -> tuple[int, Tensor, Tensor]:
     """Values per channel, mean and M2 of one activation `x` (N, C, ...), any floating dtype and layout.
 
-    In float64 (float32 on devices without it), from deviations and never from E[x^2] - E[x]^2, so that
-    |mean| / std up to 1e4 costs no digits. One read of `x` by modeprobe's kernel where there is one that is
-    exact enough, else several by torch.
+    In float64 (float32 on devices without it), in several reads of `x` by torch, from deviations and never
+    from E[x^2] - E[x]^2, so that |mean| / std up to 1e4 costs no digits.
     """
-    n = x.numel() // x.size(1) if x.numel() else 0
-    dtype = accumulator_dtype(x.device)
+    n, dtype = x.numel() // x.size(1) if x.numel() else 0, accumulator_dtype(x.device)
     if n == 0:
         zero = torch.zeros(x.size(1), dtype=dtype, device=x.device)
         return 0, zero, zero
-    fast = _kernel(x)
-    if fast is not None:
-        found = fast(x).to(dtype)
-        mean, m2 = found[: x.size(1)], found[x.size(1) : 2 * x.size(1)]
-        if x.device.type != "cpu" or not too_far(mean, m2 / n):
-            return n, mean, m2
-    return exact_moments(x)
-
-
-def too_far(mean: Tensor, variance: Tensor) -> bool:
-    """Whether a channel lies more than 100 standard deviations from zero: the CPU kernel's mean then carries
-    rounding of its float32 partial sums that would show in the pooled variance."""
-    return bool((mean.square() > 1e4 * variance).any())
-
-
-def exact_moments(x: Tensor) -> tuple[int, Tensor, Tensor]:
-    """`batch_moments` in plain torch, in several reads of `x`, which has values."""
-    n, dtype = x.numel() // x.size(1), accumulator_dtype(x.device)
     dims = [0, *range(2, x.dim())]
     work = torch.float64 if x.dtype == torch.float64 else torch.float32
     shift = x.mean(dims, dtype=work)
@@ -78,17 +79,6 @@ def exact_moments(x: Tensor) -> tuple[int, Tensor, Tensor]:
     mean = deviation.mean(dims).to(dtype)
     m2 = deviation.square_().mean(dims).to(dtype) * n - mean.square() * n
     return n, mean + shift.to(dtype), m2.clamp(min=0)
-
-
-def _kernel(x: Tensor) -> Callable[[Tensor], Tensor] | None:
-    """The kernel for this input on the backend in force; None if there is none, or if it gives the mean
-    of float32 values in float32, whose rounding between batches would show in the pooled variance."""
-    name = backend.resolve(x.device.type)
-    if name == "native" and x.device.type == "cpu":
-        return torch.ops.modeprobe.batch_norm_moments_double
-    if name != "reference" and x.dtype in (torch.float16, torch.bfloat16):
-        return operators(name).batch_norm_moments
-    return None
 
 
 def merge(a: Moments, b: Moments) -> Moments:
@@ -137,6 +127,9 @@ class Pool:
             for layer in range(len(channels))
         ]
         self._filled: set[int] = set()
+        self._known: set[int] = set()
+        self._far: set[int] = set()
+        self._flushes = 0
         self._indices: dict[tuple, tuple[Tensor | None, Tensor]] = {}
 
     def zeros(self) -> Moments:
@@ -148,6 +141,29 @@ class Pool:
     def add(self, layer: int, n: int, mean: Tensor, m2: Tensor) -> None:
         """Note one call of a layer; merged by the next `flush`."""
         self._waiting.append((layer, n, mean, m2))
+
+    def measure(self, layer: int, x: Tensor) -> tuple[int, Tensor, Tensor]:
+        """Values per channel, mean and M2 of one activation, exact enough to be merged: by modeprobe's
+        kernel, but by torch for a layer that is `too_far`. That its first batch tells, then the pool."""
+        fast = None if layer in self._far else kernel_moments(x)
+        if fast is None or (layer not in self._known and bool(too_far(fast[1], fast[2], fast[0]).any())):
+            return batch_moments(x)
+        return fast
+
+    def trusts(self, layer: int) -> bool | None:
+        """Whether a kernel's moments of this layer are exact enough; None before its first batch."""
+        return layer not in self._far if layer in self._known else None
+
+    def _watch(self) -> None:
+        """Look which layers are too far; ever less often where the answer has to be waited for."""
+        self._flushes += 1
+        if self.device.type != "cpu" and self._flushes & (self._flushes - 1):
+            return
+        self._known = {layer for layer, calls in enumerate(self.calls) if calls}
+        far = too_far(self.total.mean, self.total.m2, self.total.n)
+        self._far = set()
+        if bool(far.any()):
+            self._far = {bisect_right(self.starts, at) - 1 for at in far.nonzero().flatten().tolist()}
 
     def slot(self, layer: int) -> tuple[Tensor, Tensor]:
         """Where a kernel may write a call's mean and unbiased variance; `add_slot` then counts them."""
@@ -164,6 +180,8 @@ class Pool:
         """Merge what waits: one round per repeated call of a layer, in the order of the calls."""
         waiting, self._waiting = self._waiting, []
         self._filled.clear()
+        if not waiting:
+            return
         while waiting:
             seen: set[int] = set()
             round_: list[Call] = []
@@ -173,6 +191,7 @@ class Pool:
                 seen.add(call[0])
             self._round(sorted(round_, key=lambda call: call[0]))
             waiting = rest
+        self._watch()
 
     def _round(self, calls: list[Call]) -> None:
         index, n = self._positions(tuple(call[0] for call in calls), tuple(call[1] for call in calls))

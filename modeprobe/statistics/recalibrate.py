@@ -24,7 +24,7 @@ from modeprobe.statistics.layers import (
     unwrap,
 )
 from modeprobe.statistics.measure import Measure
-from modeprobe.statistics.pooled import Moments, Pool, batch_moments, compare, rms
+from modeprobe.statistics.pooled import Moments, Pool, compare, rms
 from modeprobe.statistics.ranks import exchange, group_of, merge_ranks
 from modeprobe.statistics.report import RecalibratedLayer, RecalibrationReport
 
@@ -182,7 +182,7 @@ def _layer_by_layer(feed: Feed, chosen: list[Layer], group: Any, options: dict) 
             done = results.get(i)
             if done is not None:
                 return done.statistics
-            n, mean, m2 = batch_moments(x)
+            n, mean, m2 = pool.measure(i, x)
             if i == target:
                 pool.add(i, n, mean, m2)
                 if i not in repeated:
