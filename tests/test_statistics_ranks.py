@@ -1,4 +1,4 @@
-"""Recalibration over gloo ranks with uneven data."""
+"""Recalibration and drift over gloo ranks with uneven data."""
 
 import subprocess
 import sys
@@ -17,7 +17,9 @@ PROGRAM = textwrap.dedent("""
     import torch.distributed as dist
     import torch.multiprocessing as mp
     from torch import nn
-    from modeprobe.statistics import recalibrate
+    from modeprobe.statistics import drift, recalibrate
+
+    NAMES = "shift", "ratio", "divergence", "size", "values", "calls", "noise", "between_ratio"
 
     def build():
         torch.manual_seed(0)
@@ -49,6 +51,29 @@ PROGRAM = textwrap.dedent("""
             copies = [torch.empty_like(model[3].running_var) for _ in range(world)]
             dist.all_gather(copies, model[3].running_var)
             assert all(torch.equal(copy, copies[0]) for copy in copies)
+        model = build()
+        model[1].running_mean += rank  # each rank reports on its own buffers
+        size = lambda output, batch: float(len(batch))
+        for once in (False, True):
+            wrap = iter if once else list
+            report = drift(model, wrap(shard(rank)), metric=size)
+            alone = drift(model, wrap(everything), metric=size, process_group=None)
+            assert (report.batches, report.samples) == (alone.batches, alone.samples)
+            for a, b in zip(report.layers, alone.layers, strict=True):
+                for name in NAMES:
+                    torch.testing.assert_close(getattr(a, name), getattr(b, name), rtol=1e-6, atol=1e-9)
+                assert (a.dead, a.nonfinite_batches, a.cause) == (b.dead, b.nonfinite_batches, b.cause)
+            for name in ("running_vs_full", "running_vs_batch", "batch_vs_full"):
+                a, b = vars(getattr(report.effect, name)), vars(getattr(alone.effect, name))
+                torch.testing.assert_close(a, b, rtol=1e-5, atol=0)
+            assert report.effect.metric == alone.effect.metric
+            assert report.effect.batches == len(everything)
+        try:
+            drift(model, fails() if rank else shard(0))
+        except (OSError, RuntimeError) as error:
+            assert isinstance(error, OSError) if rank else "rank 1, 2 failed" in str(error)
+        else:
+            raise AssertionError("went on")
         for layerwise in (False, True):
             model = build()
             before = [buffer.clone() for buffer in model.buffers()]
@@ -72,7 +97,7 @@ PROGRAM = textwrap.dedent("""
 
 
 def test_uneven_ranks(tmp_path):
-    """Three, one and no batch; one pass and layer by layer; failing ranks."""
+    """Three, one and no batch; one pass, layer by layer and drift; failing ranks."""
     program = tmp_path / "ranks.py"
     program.write_text(PROGRAM)
     done = subprocess.run([sys.executable, program, "3"], capture_output=True, text=True, timeout=300)

@@ -16,6 +16,7 @@ from modeprobe.statistics.guard import unchanged
 from modeprobe.statistics.layers import Layer, find_layers, normalising_with, unwrap
 from modeprobe.statistics.measure import Measure
 from modeprobe.statistics.pooled import compare, rms
+from modeprobe.statistics.ranks import gather_sizes, group_of, together
 from modeprobe.statistics.report import DriftReport, Effect, LayerDrift
 from modeprobe.statistics.signs import find_signs
 from modeprobe.statistics.trace import Trace
@@ -37,6 +38,7 @@ def drift(
     mode: str = "eval",
     call: Call | None = None,
     device: torch.device | str | None = None,
+    process_group: Any = "auto",
     progress: bool | None = None,
 ) -> DriftReport:
     """Compare every BatchNorm layer's running statistics with exact ones of its inputs over `loader`.
@@ -63,7 +65,7 @@ def drift(
     The largest names the cause. Parts are told apart best when the loader gives batches as training did.
 
     Args:
-        model, loader, batches, mode, call, device, progress: as in `recalibrate`.
+        model, loader, batches, mode, call, device, process_group, progress: as in `recalibrate`.
         lower: which statistics the layers below use while a layer's input is measured. "batch": those of the
             batch, as in training. "running": their running statistics, as in evaluation; only a layerwise
             recalibration can make that drift zero.
@@ -74,7 +76,9 @@ def drift(
         tolerance: sizes up to this count as fitting.
         steps: optimizer steps taken so far, to find statistics that were updated twice per step.
 
-    Returns a `DriftReport`; the figures are of this process's data only.
+    Returns a `DriftReport`. With several ranks the data of all count together, and every rank gets the report
+    of its own running statistics; a moving average over the loader is then the mean of the ranks'. Raises
+    RuntimeError on all other ranks if one of them fails.
     """
     if lower not in ("batch", "running"):
         raise ValueError(f'lower must be "batch" or "running", got {lower!r}')
@@ -95,8 +99,8 @@ def drift(
 
     keeps = [lower == "running" or bool(layer.frozen) or not layer.has_buffers for layer in layers]
     measure = Measure(layers, trace, keeps)
-    outcome: Effect | None = None
-    with unchanged(model, mode):
+
+    def measured() -> Tensor:
         with normalising_with(layers, measure.provide, measure.instead):
             for number, batch in enumerate(feed.walk("BatchNorm drift")):
                 sizes.append(batch_size(batch))
@@ -106,9 +110,18 @@ def drift(
                         kept[place_in_kept : place_in_kept + 1] = [batch]
                 feed.run(batch)
                 trace.flush()
+        return trace.packed()
+
+    group = group_of(process_group)
+    outcome: Effect | None = None
+    with unchanged(model, mode):
+        parts = together(measured, group)
+        if group is not None:
+            trace.take_in(parts)
+            sizes = gather_sizes(sizes, group)
         if effect and sizes:
             walk = kept if feed.once else feed.walk("effect on the outputs")
-            outcome = measure_effect(feed, layers, trace, walk, metric)
+            outcome = measure_effect(feed, layers, trace, walk, metric, group)
     rows = [_layer(i, layer, trace, sizes, tolerance) for i, layer in enumerate(layers)]
     return DriftReport(
         rows,

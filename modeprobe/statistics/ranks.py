@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -45,9 +46,7 @@ def exchange(values: Tensor | None, error: BaseException | None, group: Any) -> 
     if failed:
         if error is not None:
             return []
-        raise RuntimeError(
-            f"rank {', '.join(map(str, failed))} failed in its pass; no statistics were written"
-        )
+        raise RuntimeError(f"rank {', '.join(map(str, failed))} failed in its pass; nothing was written")
     if any(int(state[1]) != size for state in told):
         raise RuntimeError("the ranks hold different BatchNorm layers; no statistics were written")
     assert values is not None
@@ -68,3 +67,23 @@ def merge_ranks(
     for part in parts[1:]:
         total, added = merge(total, Moments(*part[:3])), added + part[3:]
     return total, added
+
+
+def together(work: Callable[[], Tensor], group: Any) -> list[Tensor]:
+    """What `work` gives on every rank, in rank order; a rank where it raises lets the others raise, too."""
+    try:
+        values = work()
+    except Exception as error:
+        if group is not None:
+            exchange(None, error, group)
+        raise
+    return [values] if group is None else exchange(values, None, group)
+
+
+def gather_sizes(sizes: list[int], group: Any) -> list[int]:
+    """The batch sizes of all ranks in the order in which training saw them: step by step, rank by rank."""
+    count = torch.tensor([float(len(sizes))])
+    longest = int(max(float(part) for part in exchange(count, None, group)))
+    padded = torch.tensor([*sizes, *[-1] * (longest - len(sizes))], dtype=torch.float64)
+    steps = torch.stack(exchange(padded, None, group)).T.flatten()
+    return [int(size) for size in steps.tolist() if size >= 0]

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from modeprobe.statistics.pooled import Moments, Pool
+from modeprobe.statistics.pooled import Moments, Pool, merge, scatter
 
 
 class Trace(Pool):
@@ -24,10 +24,11 @@ class Trace(Pool):
         sizes = torch.tensor(channels)
         rates = torch.tensor([-1.0 if rate is None else rate for rate in momenta], dtype=torch.float64)
         self.rate = rates.repeat_interleave(sizes).to(device, self.dtype)
-        flat = torch.zeros(12, self.starts[-1], dtype=self.dtype, device=device)
-        self.moving_mean, self.moving_variance, self.moving_weight = flat[:3]
-        self.within, self.most, self.most_batch, self.batches, self.used = flat[3:8]
-        self.spread = flat[8:12]  # mean and M2 of batch means, mean and M2 of batch variances
+        self.sums = torch.zeros(6, self.starts[-1], dtype=self.dtype, device=device)
+        self.moving_mean, self.moving_variance, self.moving_weight = self.sums[:3]
+        self.within, self.batches, self.used = self.sums[3:]
+        self.most, self.most_batch = torch.zeros_like(self.sums[:2])
+        self.spread = torch.zeros_like(self.sums[:4])  # mean, M2 of batch means; of batch variances
 
     def update(self, index: Tensor | None, batch: Moments, nonfinite: Tensor) -> None:
         at = slice(None) if index is None else index
@@ -53,6 +54,38 @@ class Trace(Pool):
             delta = torch.where(counts, value - mean[at], 0)
             mean[at] += delta / used
             m2[at] += torch.where(counts, delta * (value - mean[at]), 0)
+
+    def packed(self) -> Tensor:
+        """All sums, to be merged with those of other ranks by `take_in`."""
+        self.flush()
+        sizes = torch.tensor(self.channels, device=self.device)
+        calls = torch.tensor(self.calls, device=self.device, dtype=self.dtype).repeat_interleave(sizes)
+        rest = (self.most, self.most_batch, *self.spread, calls)
+        return torch.stack([*self.total, self.skipped, *self.sums, *rest])
+
+    def take_in(self, parts: list[Tensor]) -> None:
+        """Hold what all ranks hold together; `parts` are their `packed()` in rank order. A moving average
+        becomes the ranks' mean, each weighing by what it holds of its batches; of the batch that weighs most,
+        the number is that on its rank."""
+        total, means, variances = self.zeros(), self.zeros(), self.zeros()
+        calls = torch.zeros_like(self.skipped)
+        for values in (self.skipped, self.sums, self.most, self.most_batch):
+            values.zero_()
+        for part in parts:
+            sums, most, most_batch, spread = part[4:10], part[10], part[11], part[12:16]
+            total = merge(total, Moments(*part[:3]))
+            means = merge(means, Moments(sums[5], spread[0], spread[1]))
+            variances = merge(variances, Moments(sums[5], spread[2], spread[3]))
+            self.skipped += part[3]
+            self.sums += sums
+            calls += part[16]
+            self.most_batch.copy_(torch.where(most > self.most, most_batch, self.most_batch))
+            self.most.copy_(torch.maximum(self.most, most))
+        scatter(self.total, None, total)
+        self.spread.copy_(torch.stack([*means[1:], *variances[1:]]))
+        starts = [start for start, count in zip(self.starts, self.channels, strict=False) if count]
+        counts = iter(calls[starts].tolist())
+        self.calls = [int(next(counts)) if count else 0 for count in self.channels]
 
     def moving(self, layer: int) -> tuple[Tensor, Tensor]:
         """Moving mean and variance of one layer, free of the initial value."""

@@ -164,6 +164,27 @@ def test_nested_checkpoints():
     assert_same_state(ours, theirs)
 
 
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("inside", [True, False])
+def test_checkpointing_compiled_counts_a_batch_once(reentrant, inside):
+    """Whether a forward is a recomputation is asked when the graph runs, not when it is made."""
+    torch._dynamo.reset()
+    ours, theirs = pair()
+    if inside:
+        run = torch.compile(lambda x: checkpoint(ours, x, use_reentrant=reentrant), backend="aot_eager")
+    else:
+        compiled = torch.compile(ours, backend="aot_eager")
+        run = lambda x: checkpoint(compiled, x, use_reentrant=reentrant)  # noqa: E731
+    for step in range(2):
+        x = sample(DIMENSIONS[2], seed=step)
+        a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
+        y, expected = run(a), theirs(b)
+        y.pow(3).sum().backward()
+        expected.pow(3).sum().backward()
+        torch.testing.assert_close(a.grad, b.grad)
+    assert_same_state(ours, theirs)
+
+
 @pytest.mark.parametrize("fill", [float("nan"), float("inf"), 3e21])
 @pytest.mark.parametrize("momentum", [0.1, None])
 def test_non_finite_batches_can_be_skipped(fill, momentum):
@@ -262,6 +283,33 @@ def test_autocast():
         y.float().square().sum().backward()
         outputs.append((y, module.weight.grad, module.running_var))
     torch.testing.assert_close(outputs[0], outputs[1], rtol=0.02, atol=0.05)
+
+
+def test_gradient_scaler_with_autocast():
+    """A step whose gradients overflow is skipped as with torch: parameters stay, statistics go on."""
+    ours, theirs = pair()
+    models, scalers, optimizers = [], [], []
+    for module in (ours, theirs):
+        models.append(nn.Sequential(nn.Conv2d(3, 5, 3), module, nn.Flatten(), nn.Linear(180, 1)))
+        scalers.append(torch.amp.GradScaler("cpu", init_scale=2.0**8))
+        optimizers.append(torch.optim.SGD(models[-1].parameters(), lr=0.01))
+    models[1].load_state_dict(models[0].state_dict())
+    for step, factor in enumerate((1.0, torch.inf, 1.0)):
+        x = sample((4, 3, 8, 8), seed=step)
+        before = copy.deepcopy(list(models[0].parameters()))
+        for model, scaler, optimizer in zip(models, scalers, optimizers, strict=True):
+            optimizer.zero_grad()
+            with torch.autocast("cpu", torch.bfloat16):
+                y = model(x)
+            scaler.scale(y.float().square().mean() * factor).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        skipped = all(torch.equal(a, b) for a, b in zip(before, models[0].parameters(), strict=True))
+        assert skipped == (factor == torch.inf)
+        assert scalers[0].get_scale() == scalers[1].get_scale()
+    mine, own = models[0].state_dict(), models[1].state_dict()
+    torch.testing.assert_close(mine, own, rtol=0.02, atol=0.02)
+    assert ours.num_batches_tracked == 3
 
 
 @pytest.mark.parametrize("momentum", [0.1, None])

@@ -21,6 +21,19 @@ def batches(kind):
     return [torch.randn(n, *shape, generator=g, dtype=torch.float32) * 2 + 1 for n in sizes]
 
 
+def twice_differentiated(function, x, reduce=lambda value: None):
+    """Gradients of what the first gradients make; those of parameters summed over the processes."""
+    g = torch.Generator().manual_seed(7)
+    x = x.requires_grad_()
+    weight, bias = (torch.rand(3, dtype=torch.float64, generator=g).requires_grad_() for _ in range(2))
+    loss = function(x, weight, bias).pow(3).sum()
+    first = torch.autograd.grad(loss, x, create_graph=True)[0]
+    first.pow(2).sum().backward()
+    for grad in (weight.grad, bias.grad):
+        reduce(grad)
+    return first.detach(), x.grad, weight.grad, bias.grad
+
+
 def worker(rank, world, port, kinds, folder):
     import torch.distributed as dist
     from torch.nn.parallel import DistributedDataParallel
@@ -56,6 +69,27 @@ def worker(rank, world, port, kinds, folder):
     bad = mp.nn.SyncBatchNorm(3, nonfinite="skip")
     bad(torch.full((2, 3), float("nan") if rank == 1 else 1.0))
     results["skipped"] = (bad.skipped_batches.item(), bad.num_batches_tracked.item(), bad.running_mean)
+    # Micro-batches of different sizes, kept until commit.
+    pending = mp.nn.SyncBatchNorm(3, statistics="pending")
+    for kind in ("uneven", "empty"):
+        pending(batches(kind)[rank])
+    pending.commit()
+    results["pending"] = dict(pending.state_dict())
+    for activation in (None, "gelu"):
+        results["twice", activation] = twice_differentiated(
+            lambda x, w, b, a=activation: mp.functional.sync_batch_norm(x, None, None, w, b, activation=a),
+            batches("uneven")[rank].double(),
+            dist.all_reduce,
+        )
+    alone = [dist.new_group([r]) for r in range(world)][rank]
+    torch.manual_seed(1)
+    tensors = [torch.rand(shape, dtype=torch.float64, requires_grad=True) for shape in ((4, 2), (2,), (2,))]
+
+    def function(x, weight, bias):
+        return mp.functional.sync_batch_norm(x, None, None, weight, bias, group=alone, activation="silu")
+
+    results["gradcheck"] = torch.autograd.gradcheck(function, tensors)
+    results["gradgradcheck"] = torch.autograd.gradgradcheck(function, tensors)
     torch.save(results, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -99,6 +133,28 @@ def test_as_one_batch(results, kind, options, recompute):
     for rank in range(2):
         torch.testing.assert_close(mine[rank][2], [one.weight.grad, one.bias.grad], rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(mine[rank][3], dict(one.state_dict()))
+
+
+@pytest.mark.parametrize("activation", [None, "gelu"])
+def test_second_derivatives(results, activation):
+    def function(x, weight, bias):
+        y = nn.functional.batch_norm(x, None, None, weight, bias, training=True)
+        return nn.functional.gelu(y) if activation else y
+
+    expected = twice_differentiated(function, torch.cat(batches("uneven")).double())
+    mine = [r["twice", activation] for r in results]
+    for i in range(2):
+        torch.testing.assert_close(torch.cat([m[i] for m in mine]), expected[i], rtol=1e-6, atol=1e-8)
+        for m in mine:
+            torch.testing.assert_close(m[2 + i], expected[2 + i], rtol=1e-6, atol=1e-8)
+    assert all(r["gradcheck"] and r["gradgradcheck"] for r in results)
+
+
+def test_pending_statistics_are_those_of_all_processes(results):
+    one = nn.BatchNorm2d(3)
+    one(torch.cat([part for kind in ("uneven", "empty") for part in batches(kind)]))
+    for result in results:
+        torch.testing.assert_close(result["pending"], dict(one.state_dict()))
 
 
 def test_broadcast_buffers(results):
