@@ -61,11 +61,11 @@ PROGRAM = textwrap.dedent("""
             assert (report.batches, report.samples) == (alone.batches, alone.samples)
             for a, b in zip(report.layers, alone.layers, strict=True):
                 for name in NAMES:
-                    torch.testing.assert_close(getattr(a, name), getattr(b, name), rtol=1e-6, atol=1e-9)
+                    torch.testing.assert_close(getattr(a, name), getattr(b, name), rtol=1e-4, atol=1e-5)
                 assert (a.dead, a.nonfinite_batches, a.cause) == (b.dead, b.nonfinite_batches, b.cause)
             for name in ("running_vs_full", "running_vs_batch", "batch_vs_full"):
                 a, b = vars(getattr(report.effect, name)), vars(getattr(alone.effect, name))
-                torch.testing.assert_close(a, b, rtol=1e-5, atol=0)
+                torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)  # 1000 std from zero
             assert report.effect.metric == alone.effect.metric
             assert report.effect.batches == len(everything)
         try:

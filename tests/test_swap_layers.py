@@ -302,3 +302,18 @@ def test_dtypes_that_differed_before_the_swap_are_left_alone():
     mp.swap(model)
     mp.restore(model)
     assert model[0].running_var.dtype == torch.float32
+
+
+@pytest.mark.filterwarnings("ignore")  # torch.jit warns of everything it cannot follow
+def test_traces():
+    """torch.fx takes swapped layers as calls, as torch's; torch.jit records their operators."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.3))
+    expected = [node.op for node in torch.fx.symbolic_trace(model).graph.nodes]
+    mp.swap(model)
+    traced = torch.fx.symbolic_trace(model)
+    assert [node.op for node in traced.graph.nodes] == expected
+    x = torch.randn(2, 3, 5, 5)
+    model(x)
+    assert torch.equal(traced.eval()(x), model.eval()(x))
+    with torch.no_grad():
+        assert torch.equal(torch.jit.trace(model, x)(x), model(x))
