@@ -316,7 +316,7 @@ def _series(parameters: Mapping[str, Any], config: Any, normal: Any) -> dict[str
     past = (getattr(config, "context_length", None) or ahead) + max(
         getattr(config, "lags_sequence", None) or [0]
     )
-    channels = getattr(config, "num_input_channels", None) or getattr(config, "input_size", 1)
+    channels = getattr(config, "num_input_channels", None) or getattr(config, "input_size", None) or 1
     width = (channels,) if channels > 1 or hasattr(config, "num_input_channels") else ()
     features = getattr(config, "num_time_features", 0)
     found = {

@@ -73,10 +73,10 @@ def facts(report: Report) -> list[str]:
     if report.mixed:
         lines.append(f"mixed modes as given, train() or eval() would undo them: {_some(report.mixed)}")
     for when in dict.fromkeys(m.when for m in report.mutations):
-        names = [m.name for m in report.mutations if m.when == when]
-        kinds = list(dict.fromkeys(name.rpartition(".")[2] for name in names))
-        many = f"{len(names)} tensors ({_some(kinds)})"
-        lines.append(f"{when} changes {many if len(names) > 3 else _some(names)}")
+        changed = [m.name for m in report.mutations if m.when == when]
+        kinds = list(dict.fromkeys(name.rpartition(".")[2] for name in changed))
+        many = f"{len(changed)} tensors ({_some(kinds)})"
+        lines.append(f"{when} changes {many if len(changed) > 3 else _some(changed)}")
     for why in dict.fromkeys(i.why for i in report.idle):
         same = [i for i in report.idle if i.why == why]
         lines.append(f"idle dropout, {why}: {len(same)} ({_some(i.path for i in same)})")
