@@ -13,6 +13,14 @@ def pytest_configure(config):
     config.pluginmanager.register(Ladder(), "ladder")
 
 
+# Files that keep a worker busy for minutes start first, or one worker would end alone with them.
+LONG = ("tests/triton/", "tests/emulator/", "tests/compiler/", "tests/probe/", "tests/test_packaging")
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: not item.nodeid.startswith(LONG))
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)

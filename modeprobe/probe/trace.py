@@ -255,11 +255,9 @@ class Tracer:
                 event.steers = True
             if name in _MASKING:
                 event.binary = True
-            if name in _SCALING and (
-                event.scalar or any(other.numel() > tensor.numel() for other in tensors)
-            ):
-                event.scales = True
-            if name == "where" and tensor is args[0] and event.binary and any(map(_is_zero, args[1:])):
+            selects = name == "where" and tensor is args[0] and event.binary
+            spread = event.scalar or any(other.numel() > tensor.numel() for other in tensors)
+            if spread and (name in _SCALING or (selects and any(map(_is_zero, args[1:])))):
                 event.scales = True
             if isinstance(result, Tensor) and (result.numel() == tensor.numel() or name in _PICKING):
                 self._track(result, event)

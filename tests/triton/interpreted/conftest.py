@@ -1,5 +1,5 @@
 """Triton decides at import whether kernels are interpreted, so these tests need a process of their own:
-test_interpreted.py, one folder up, starts it. Here they are collected only in such a process."""
+support/interpreted.py starts it. Here they are collected only in such a process."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""Runs the tests of the folder `interpreted`, each file in a process where Triton interprets its kernels."""
+"""Runs a test file of the folder ``triton/interpreted`` in a process where Triton interprets its kernels."""
 
 import os
 import subprocess
@@ -7,13 +7,11 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.rung("triton")
+FOLDER = Path(__file__).parents[1] / "triton" / "interpreted"
+FILES = sorted(path.name for path in FOLDER.glob("test_*.py"))
 
-FOLDER = Path(__file__).parent / "interpreted"
 
-
-@pytest.mark.parametrize("file", sorted(path.name for path in FOLDER.glob("test_*.py")))
-def test_in_a_process_that_interprets(file):
+def run_interpreted(file: str) -> None:
     pytest.importorskip("triton", reason="Triton is not installed: pip install 'modeprobe[triton]'")
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(

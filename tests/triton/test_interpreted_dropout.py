@@ -1,0 +1,11 @@
+"""The interpreted kernels of the dropout family, and the operators; a file of their own, so that two workers share the work."""
+
+import pytest
+from support.interpreted import FILES, run_interpreted
+
+pytestmark = pytest.mark.rung("triton")
+
+
+@pytest.mark.parametrize("file", [name for name in FILES if "batch_norm" not in name])
+def test_in_a_process_that_interprets(file):
+    run_interpreted(file)
