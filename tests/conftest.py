@@ -14,11 +14,11 @@ def pytest_configure(config):
 
 
 # Files that keep a worker busy for minutes start first, or one worker would end alone with them.
-LONG = ("tests/triton/", "tests/emulator/", "tests/compiler/", "tests/probe/", "tests/test_packaging")
+LONG = ("tests/triton/", "tests/emulator/", "tests/test_packaging", "tests/probe/", "tests/compiler/")
 
 
 def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: not item.nodeid.startswith(LONG))
+    items.sort(key=lambda item: [not item.nodeid.startswith(part) for part in LONG])
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""The interpreted kernels of the dropout family, and the operators; a file of their own, so that two workers share the work."""
+"""The interpreted kernels of the dropout family, and the operators; see test_interpreted_batch_norm.py."""
 
 import pytest
 from support.interpreted import FILES, run_interpreted
