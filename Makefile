@@ -25,7 +25,7 @@ demo: $(VENV)/.demo
 	$(BIN)/modeprobe tour
 
 test: $(VENV)/.test lint
-	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile $(PYTEST)
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder $(PYTEST)
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

@@ -62,6 +62,7 @@ FUNCTIONS = {
 
 
 INDUCTOR = {("transposed", "native"), ("in place", "native"), ("transposed", "reference")}
+TRACED = {"transposed", "rows", "in place", "folded key"}  # seconds each: the whole of Philox is in the graph
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
@@ -72,6 +73,8 @@ def test_compile_equals_eager(name, backend, engine):
         pytest.skip(NOT_BUILT)
     if engine == "inductor" and (name, backend) not in INDUCTOR:
         pytest.skip("one engine suffices here: Inductor sees the same opaque operators")
+    if backend == "reference" and name not in TRACED:
+        pytest.skip("the other functions trace the same plain torch")
     torch._dynamo.reset()
     function = FUNCTIONS[name]
     with mp.backend(backend):
