@@ -102,6 +102,7 @@ def resolve(device_type: str) -> str:
     if torch.compiler.is_compiling():
         # Dynamo guards on `_selected`, read here, and need not look into the rest.
         return _resolve(_selected, device_type)
-    if _selected == "auto":
-        return _automatic(device_type)
+    automatic = _automatic(device_type)
+    if _selected == "auto" or _selected == automatic:
+        return automatic  # asking why not costs a tensor of 64 elements a quarter of its call
     return _resolve(_selected, device_type)
