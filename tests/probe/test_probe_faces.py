@@ -275,13 +275,55 @@ def test_command_line_builds_transformers(single_thread):
     assert "llama" in result.output
 
 
-def test_types_composed_of_two_models_are_built(single_thread):
+@pytest.mark.parametrize(
+    ("model_type", "kind", "inputs"),
+    [
+        ("bert", "BertLMHeadModel", {"input_ids": (2, 12)}),
+        # A text and a sound, not the decoder alone.
+        ("whisper", "WhisperModel", {"decoder_input_ids": (2, 8), "input_features": (2, 80, 96)}),
+        # As many placeholders in the text as the picture has features.
+        ("llava", "LlavaModel", {"input_ids": (2, 28), "pixel_values": (2, 3, 32, 32)}),
+        (
+            "qwen3_vl",
+            "Qwen3VLModel",
+            {
+                "input_ids": (2, 16),
+                "pixel_values": (32, 384),
+                "image_grid_thw": (2, 3),
+                "mm_token_type_ids": (2, 16),
+            },
+        ),
+        # Head sizes kept, head counts divided.
+        ("mamba2", "Mamba2ForCausalLM", {"input_ids": (2, 12)}),
+        # A backbone that needs no further package.
+        ("detr", "DetrModel", {"pixel_values": (2, 3, 32, 32)}),
+        # Inputs that only the documentation names; that a failure names; whose size a failure names.
+        (
+            "blip_2_qformer",
+            "Blip2QFormerModel",
+            {"query_embeds": (2, 12, 32), "encoder_hidden_states": (2, 12, 32)},
+        ),
+        (
+            "lxmert",
+            "LxmertModel",
+            {"input_ids": (2, 12), "visual_feats": (2, 4, 2048), "visual_pos": (2, 4, 4)},
+        ),
+        ("granite_speech_encoder", "GraniteSpeechCTCEncoder", {"hidden_states": (2, 12, 160)}),
+        (
+            "vision-encoder-decoder",
+            "VisionEncoderDecoderModel",
+            {"pixel_values": (2, 3, 32, 32), "decoder_input_ids": (2, 8)},
+        ),
+    ],
+)
+def test_transformers_types_are_built_with_fitting_inputs(model_type, kind, inputs, single_thread):
     pytest.importorskip("transformers", reason="pip install 'modeprobe[probe]'")
     from modeprobe.probe import architectures
 
-    model, inputs = architectures.build("vision-encoder-decoder")
-    assert {type(model.encoder).__name__, type(model.decoder).__name__} == {"ViTModel", "BertLMHeadModel"}
-    assert inputs.keys() == {"pixel_values", "decoder_input_ids"}
+    model, made = architectures.build(model_type)
+    assert type(model).__name__ == kind
+    assert model.training
+    assert {name: tuple(value.shape) for name, value in made.items()} == inputs
 
 
 def test_types_that_cannot_be_built_say_why(monkeypatch, single_thread):

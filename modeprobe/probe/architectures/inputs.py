@@ -1,0 +1,270 @@
+"""Inputs for a tiny model of transformers, from its signature, its documentation and its configuration."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from modeprobe.probe.architectures.sizes import PLACEHOLDERS
+
+BATCH = 2
+LENGTH = 12
+DECODER_LENGTH = 8
+AUDIO_LENGTH = 96  # with many powers of two, for what is subsampled
+
+Inputs = dict[str, Any]
+
+# As transformers documents them: "name (`torch.LongTensor` of shape `(batch_size, length)`, *optional*):".
+_DOCUMENTED = re.compile(r"^\s*(\w+)\s*\(`?([^`\n]*)`?[^\n]*?of shape\s*`?\(([^)`]*)\)", re.MULTILINE)
+
+_MISSING_PLACEHOLDERS = re.compile(
+    r"(image|video|audio).*?do(?:es)? not match.*?features\D*(\d+)", re.IGNORECASE | re.DOTALL
+)
+_NAMED = re.compile(r"[`'](\w+)[`']")
+_NOT_TRIED = re.compile(r"labels|inputs_embeds|head_mask|past_|encoder_outputs")
+
+
+class InputMaker:
+    """Keyword arguments for a model's forward: the likeliest first, and repairs of refused ones."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.config: Any = model.config
+        self.parameters = inspect.signature(model.forward).parameters
+        self.documented = {
+            name: (kind, [part.strip() for part in shape.split(",") if part.strip()])
+            for name, kind, shape in _DOCUMENTED.findall(model.forward.__doc__ or "")
+            if name in self.parameters
+        }
+        self.generator = torch.Generator().manual_seed(1)
+        self.length = LENGTH
+        self.vocabulary = min(self.size("vocab_size", 64), 64)
+
+    def candidates(self) -> Iterator[Inputs]:
+        yield from self._by_convention()
+        yield from self._by_documentation()
+
+    def repaired(self, inputs: Inputs, failure: str) -> Iterator[Inputs]:
+        """With the inputs, the placeholders in the text, or the sizes that the failure says are missing."""
+        yield from self._with_placeholders(inputs, failure)
+        yield from _with_expected_sizes(inputs, failure)
+        named = [name for name in _NAMED.findall(failure) if name in self.parameters and name not in inputs]
+        if named:
+            yield {**inputs, **{name: self.documented_tensor(name) for name in named}}
+
+    def _with_placeholders(self, inputs: Inputs, failure: str) -> Iterator[Inputs]:
+        missing = _MISSING_PLACEHOLDERS.search(failure)
+        text = inputs.get("input_ids")
+        if missing is None or text is None:
+            return
+        # Some models count elements, most count embeddings.
+        for width in (1, self.size("hidden_size", 1)):
+            count = -(-int(missing[2]) // (len(text) * width))
+            marks = text.new_full((len(text), count), PLACEHOLDERS[missing[1].lower()])
+            found = {**inputs, "input_ids": torch.cat((marks, text), dim=1)}
+            if "mm_token_type_ids" in self.parameters:
+                kinds = (torch.ones_like(marks), torch.zeros_like(text))
+                found["mm_token_type_ids"] = torch.cat(kinds, dim=1)
+            yield found
+
+    def holders(self, config: Any = None) -> Iterator[Any]:
+        """The configuration, then those of its parts, pictures first."""
+        config = self.config if config is None else config
+        yield config
+        parts = {name: part for name, part in vars(config).items() if hasattr(part, "model_type")}
+        for name in sorted(parts, key=lambda name: "vision" not in name):
+            yield from self.holders(parts[name])
+
+    def size(self, name: str, default: int) -> int:
+        for holder in self.holders():
+            value = getattr(holder, name, None)
+            if isinstance(value, (list, tuple)) and value and isinstance(value[0], int):
+                return value[0]
+            if isinstance(value, int) and value > 0:
+                return value
+        return default
+
+    def tokens(self, *shape: int) -> torch.Tensor:
+        # Above the special tokens, below the ids that stand for images and sounds.
+        low, high = min(3, self.vocabulary - 1), max(self.vocabulary - 4, 4)
+        return torch.randint(low, high, shape, generator=self.generator)
+
+    def normal(self, *shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=self.generator)
+
+    def image_sides(self) -> tuple[int, ...]:
+        for holder in self.holders():
+            side = getattr(holder, "image_size", None)
+            if side:
+                return (side, side) if isinstance(side, int) else tuple(side)[:2]
+        return (32, 32)
+
+    def _by_convention(self) -> Iterator[Inputs]:
+        parameters = self.parameters
+        text: Inputs = {}
+        if "input_ids" in parameters:
+            text["input_ids"] = self.tokens(BATCH, LENGTH)
+            if "bbox" in parameters:
+                text["bbox"] = torch.zeros(BATCH, LENGTH, 4, dtype=torch.long)
+        if "decoder_input_ids" in parameters and getattr(self.config, "is_encoder_decoder", False):
+            text["decoder_input_ids"] = self.tokens(BATCH, DECODER_LENGTH)
+        decoder = {name: value for name, value in text.items() if name.startswith("decoder")}
+        media = {name: shapes for name, shapes in self._media().items() if name in parameters}
+        beside = text if "input_ids" in text else decoder
+        for grid in ("image_grid_thw", "grid_thw"):
+            if grid in parameters:
+                yield {**text, **self._patches(grid)}
+        for name, shapes in media.items():
+            for shape in shapes:
+                values = {name: self.normal(*shape)}
+                yield {**beside, **values}
+                yield from ({**beside, **values, **mask} for mask in self._masks(name, shape))
+                if beside and "pixel_values" not in name:
+                    yield {**decoder, **values}
+        if len(media) > 1:
+            yield {**text, **{name: self.normal(*shapes[0]) for name, shapes in media.items()}}
+        if "past_values" in parameters:
+            yield self._series()
+        if text:
+            yield text
+            length = self.size("chunk_size", 16) * 4
+            yield {name: self.tokens(BATCH, length) for name in text}
+            yield {**text, "use_cache": False}
+
+    def _patches(self, grid: str) -> Inputs:
+        """Pictures as rows of flattened patches, and the grid that they come from."""
+        patch, merge = self.size("patch_size", 14), self.size("spatial_merge_size", 2)
+        width = self.size("in_channels", 3) * self.size("temporal_patch_size", 1) * patch**2
+        side = 2 * merge
+        name = "pixel_values" if "pixel_values" in self.parameters else "hidden_states"
+        return {
+            name: self.normal(BATCH * side**2, width),
+            grid: torch.tensor([[1, side, side]] * BATCH),
+        }
+
+    def _masks(self, name: str, shape: tuple[int, ...]) -> Iterator[Inputs]:
+        """All ones over the time of a sound, whichever dimension that is."""
+        if name.startswith("pixel"):
+            return
+        for mask in ("input_features_mask", "feature_attention_mask", "padding_mask"):
+            if mask in self.parameters:
+                for length in dict.fromkeys(shape[1:]):
+                    yield {mask: torch.ones(BATCH, length, dtype=torch.long)}
+
+    def _media(self) -> dict[str, list[tuple[int, ...]]]:
+        channels = self.size("num_channels", 3)
+        sides = self.image_sides()
+        bins, audio = self.size("num_mel_bins", 80), self.size("max_length", 128)
+        return {
+            "pixel_values": [
+                *((BATCH, channels, *side) for side in (sides, (64, 64), (224, 224))),
+                (BATCH, self.size("num_frames", 2), channels, *sides),
+            ],
+            "pixel_values_videos": [(BATCH, self.size("frames_per_clip", 4), channels, *sides)],
+            "input_values": [(BATCH, 4000), (BATCH, 1, 4000), (BATCH, audio, self.size("num_mel_bins", 128))],
+            "input_features": [
+                (BATCH, bins, AUDIO_LENGTH), (BATCH, AUDIO_LENGTH, bins), (BATCH, bins, 3000),
+                (BATCH, AUDIO_LENGTH, self.size("feature_size", 80)), (BATCH, 1, 1001, 64),
+            ],
+        }  # fmt: skip
+
+    def _series(self) -> Inputs:
+        """Inputs of a time-series model: the past, and the future where it is asked for."""
+        config = self.config
+        ahead = getattr(config, "prediction_length", None) or 4
+        past = (getattr(config, "context_length", None) or ahead) + max(
+            getattr(config, "lags_sequence", None) or [0]
+        )
+        channels = getattr(config, "num_input_channels", None) or getattr(config, "input_size", None) or 1
+        width = (channels,) if channels > 1 or hasattr(config, "num_input_channels") else ()
+        features = getattr(config, "num_time_features", 0)
+        found = {
+            "past_values": self.normal(BATCH, past, *width),
+            "past_time_features": self.normal(BATCH, past, features),
+            "past_observed_mask": torch.ones(BATCH, past, *width),
+            "future_values": self.normal(BATCH, ahead, *width),
+            "future_time_features": self.normal(BATCH, ahead, features),
+        }
+        return {name: value for name, value in found.items() if name in self.parameters}
+
+    def _by_documentation(self) -> Iterator[Inputs]:
+        """What has no default or is the main input, at the documented shapes; then with others added."""
+        main = getattr(self.model, "main_input_name", None)
+        needed = [
+            name
+            for name, parameter in self.parameters.items()
+            if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+            and (parameter.default is parameter.empty or name == main)
+        ]
+        optional = [name for name in self.documented if name not in needed and not _NOT_TRIED.search(name)]
+        masks = [name for name in optional if "mask" in name]
+        sets = [needed, [*needed, *masks], *([*needed, name] for name in optional), [*needed, *optional]]
+        for self.length in (LENGTH, AUDIO_LENGTH):
+            for names in sets:
+                if names:
+                    yield {name: self.documented_tensor(name) for name in names}
+
+    def documented_tensor(self, name: str) -> torch.Tensor:
+        kind, shape = self.documented.get(name, ("", []))
+        kind += str(self.parameters[name].annotation)
+        sizes = [self._dimension(part, name) for part in shape] or self._guessed_shape(name)
+        if "mask" in name:
+            return torch.ones(sizes, dtype=torch.bool if "Bool" in kind else torch.long)
+        if "token_type" in name:
+            return torch.zeros(sizes, dtype=torch.long)
+        if name == "position_ids":
+            return torch.arange(sizes[-1]).expand(sizes)
+        if "Long" in kind or "Int" in kind or name.endswith("ids"):
+            return self.tokens(*sizes)
+        return self.normal(*sizes)
+
+    def _guessed_shape(self, name: str) -> list[int]:
+        if name.endswith("ids") or "mask" in name:
+            return [BATCH, self.length]
+        if "image" in name or "pixel" in name:
+            return [BATCH, self.size("num_channels", 3), *self.image_sides()]
+        return [BATCH, self.length, self.size("hidden_size", self.size("d_model", 32))]
+
+    def _dimension(self, part: str, name: str) -> int:
+        part = part.removeprefix("config.").removeprefix("self.")
+        if part.isdigit():
+            return int(part)
+        if "batch" in part:
+            return BATCH
+        if part in ("height", "width"):
+            return self.image_sides()[part == "width"]
+        if "channel" in part:
+            return self.size(part, 3)
+        if part in ("feature_size", "feature_dim", "num_mel_bins"):
+            return self.size("num_mel_bins", self.size("feature_size", 80))
+        if "length" in part or "seq" in part:
+            return DECODER_LENGTH if name.startswith("decoder") or "target" in part else self.length
+        return self.size(part, 4)
+
+
+_SIZES_EXPECTED = (
+    # got, expected: by a linear layer, a normalisation, a convolution
+    (re.compile(r"cannot be multiplied \(\d+x(?P<got>\d+) and (?P<expected>\d+)x\d+\)"), -1),
+    (re.compile(r"normalized_shape=\[(?P<expected>\d+)\].*got input of size\[.*?(?P<got>\d+)\]"), -1),
+    (re.compile(r"to have (?P<expected>\d+) channels, but got (?P<got>\d+) channels"), 1),
+)
+
+
+def _with_expected_sizes(inputs: Inputs, failure: str) -> Iterator[Inputs]:
+    """With the one floating point input that has the size complained of at the size asked for."""
+    for pattern, dimension in _SIZES_EXPECTED:
+        found = pattern.search(failure)
+        if found is None:
+            continue
+        for name, value in inputs.items():
+            if not isinstance(value, torch.Tensor) or not value.is_floating_point() or value.ndim < 2:
+                continue
+            if value.shape[dimension] == int(found["got"]):
+                shape = list(value.shape)
+                shape[dimension] = int(found["expected"])
+                yield {**inputs, name: torch.randn(shape, generator=torch.Generator().manual_seed(1))}

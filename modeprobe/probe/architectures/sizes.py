@@ -1,0 +1,174 @@
+"""Small sizes for the configurations of transformers, by the names of their fields."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from typing import Any
+
+DEPTH = 2
+
+# Widths are multiples of the head counts.
+_HIDDEN = """hidden_size attention_hidden_size d_model n_embd dim encoder_hidden_size word_embed_proj_dim
+projection_dim embedding_size emb_dim d_inner decoder_hidden_size out_hidden_size text_hidden_size""".split()  # noqa: SIM905
+_INNER = """intermediate_size ffn_dim d_ff hidden_dim encoder_ffn_dim decoder_ffn_dim ffn_hidden_size n_inner
+encoder_intermediate_size decoder_intermediate_size moe_intermediate_size mlp_dim
+shared_expert_intermediate_size""".split()  # noqa: SIM905
+_HEADS = """num_attention_heads n_head n_heads num_heads encoder_attention_heads decoder_attention_heads
+decoder_num_attention_heads attention_heads""".split()  # noqa: SIM905
+_LAYERS = """num_hidden_layers n_layer n_layers num_layers encoder_layers decoder_layers num_decoder_layers
+num_encoder_layers decoder_num_hidden_layers depth""".split()  # noqa: SIM905
+_NARROW = {
+    **dict.fromkeys(_HIDDEN, 32),
+    **dict.fromkeys(_INNER, 64),
+    **dict.fromkeys(_HEADS, 4),
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "d_kv": 8,
+    "embed_dim": 16,
+    "num_conv_pos_embeddings": 16,
+    "num_conv_pos_embedding_groups": 2,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
+    "kv_lora_rank": 16,
+    "q_lora_rank": 16,
+    "rotary_dim": 8,
+}
+_SHALLOW = {
+    **dict.fromkeys(_LAYERS, DEPTH),
+    "experts": 4,
+    **dict.fromkeys("num_experts_per_tok num_experts_per_token top_k_experts moe_k moe_topk".split(), 2),  # noqa: SIM905
+    "num_blocks": 1,
+    **dict.fromkeys(("vocab_size", "n_words"), 64),
+    "image_size": 32,
+    "patch_size": 8,
+    **dict.fromkeys("n_group topk_group num_expert_group n_groups mamba_n_groups".split(), 1),  # noqa: SIM905
+    "mm_tokens_per_image": 4,
+    "prediction_length": 12,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "decoder_start_token_id": 2,
+    "max_position_embeddings": 128,
+    "n_positions": 128,
+    "max_source_positions": 48,
+    "max_target_positions": 32,
+}
+# Ids that stand for pictures and sounds in a text, among the last of the small vocabulary.
+PLACEHOLDERS = {"image": 60, "video": 61, "audio": 62}
+_PLACEHOLDER = re.compile(rf"^({'|'.join(PLACEHOLDERS)})_token_(id|index)$")
+# Shares of half a narrow head, for time, height and width.
+_MROPE_SECTION = [2, 1, 1]
+_HEAD_SIZES = frozenset({"head_dim", "d_kv", "num_key_value_heads", "qk_rope_head_dim", "rotary_dim"})
+# What follows from other fields, and would contradict them once those are small.
+_DERIVED = frozenset(
+    """out_features out_indices stage_names _out_features _out_indices attention_layers
+    per_layer_config qk_head_dim""".split()  # noqa: SIM905
+)
+_FILLED = frozenset({"num_key_value_heads", "num_experts_per_tok", "head_dim", "prediction_length"})
+_BACKBONE = {
+    "model_type": "resnet",
+    "embedding_size": 8,
+    "hidden_sizes": [8, 16, 16, 32],
+    "depths": [1, 1, 1, 1],
+}
+_TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id")
+# Names that many parts add a word of their own to.
+_COMMON = re.compile(r"vocab_size|experts$")
+_HEAD_COUNT = re.compile(r"(^|_)(heads|n_head)$")
+_WIDTH = re.compile(
+    r"(^|_)((hidden|intermediate|embedding|embed|inner)_(size|dim)|d_model|n_embd|d_ff|ffn_dim|mlp_dim)$"
+)
+_LAYER_INDICES = re.compile(r"(^|_)(indexes|indices|idxs|idx)$")
+
+
+def candidates(values: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The configuration's values at small sizes, the smallest first and as they are last.
+
+    Which sizes belong together is not written in a configuration, so several readings are offered.
+    """
+    narrow = {**_SHALLOW, **_NARROW}
+    yield _shrunk(values, narrow)
+    yield _shrunk(values, {**narrow, "num_key_value_heads": narrow["num_attention_heads"]})
+    yield _shrunk(values, {name: size for name, size in narrow.items() if name not in _HEAD_SIZES})
+    yield _shrunk(values, {name: size for name, size in narrow.items() if name not in _LAYERS}, deep=True)
+    shallow = _shrunk(values, _SHALLOW)
+    factor = _common_factor(shallow)
+    if factor > 1:
+        yield _divided(shallow, factor)
+    yield shallow
+    yield values
+
+
+def _shrunk(values: dict[str, Any], sizes: dict[str, int], deep: bool = False) -> dict[str, Any]:
+    """deep: with as many layers as before."""
+    shrunk = {name: value for name, value in values.items() if deep or name not in _DERIVED}
+    for name, value in values.items():
+        if isinstance(value, dict) and str(value.get("model_type")).startswith("timm_"):
+            shrunk[name] = dict(_BACKBONE)  # timm need not be installed
+        elif isinstance(value, dict) and "model_type" in value:
+            shrunk[name] = _shrunk(value, sizes, deep)
+        elif isinstance(value, dict) and "rope_type" in value and "hidden_size" in sizes:
+            shrunk[name] = {**value, "mrope_section": _MROPE_SECTION}
+        elif placeholder := _PLACEHOLDER.match(name):
+            shrunk[name] = PLACEHOLDERS[placeholder[1]]
+        elif isinstance(value, int) and not isinstance(value, bool):
+            common = _COMMON.search(name)
+            size = sizes.get(name, sizes.get(common[0]) if common else None)
+            shrunk[name] = value if size is None or value < 0 else min(value, size)
+        elif value is None and name in _FILLED and name in sizes:
+            shrunk[name] = sizes[name]
+        elif isinstance(value, list) and not (deep and name not in _TOKENS):
+            shrunk[name] = _shrunk_list(name, value, sizes)
+    return shrunk
+
+
+def _shrunk_list(name: str, value: list[Any], sizes: dict[str, int]) -> Any:
+    if name in _TOKENS:
+        return sizes[name]
+    if name in ("depths", "num_blocks", "depth"):
+        return [1] * len(value)
+    if name == "attention_types":
+        return [[kinds, max(1, DEPTH // len(kinds))] for kinds, _ in value[:1]]
+    if name.endswith("layer_types"):
+        other = next((item for item in value if item != value[0]), value[0])
+        return [value[0], other]
+    if _LAYER_INDICES.search(name) and name not in _DERIVED and all(isinstance(item, int) for item in value):
+        return list(range(min(DEPTH, len(value))))
+    return value
+
+
+def _numbers(values: dict[str, Any]) -> Iterator[tuple[str, int]]:
+    for name, value in values.items():
+        if isinstance(value, dict) and "model_type" in value:
+            yield from _numbers(value)
+        elif isinstance(value, int) and not isinstance(value, bool) and value > 0:
+            yield name, value
+
+
+def _common_factor(values: dict[str, Any]) -> int:
+    """What all head counts and widths can be divided by, so that sizes per head stay and two heads remain."""
+    numbers = list(_numbers(values))
+    heads = [value for name, value in numbers if _HEAD_COUNT.search(name) and "key_value" not in name]
+    widths = [value for name, value in numbers if _WIDTH.search(name)]
+    if not heads:
+        return 1
+    common = math.gcd(*heads, *widths)
+    return max(n for n in range(1, common + 1) if common % n == 0 and (n == 1 or min(heads) // n >= 2))
+
+
+def _divided(values: dict[str, Any], factor: int) -> dict[str, Any]:
+    divided = dict(values)
+    for name, value in values.items():
+        if isinstance(value, dict) and "model_type" in value:
+            divided[name] = _divided(value, factor)
+        elif (
+            isinstance(value, int)
+            and not isinstance(value, bool)
+            and value > 0
+            and (_HEAD_COUNT.search(name) or _WIDTH.search(name))
+        ):
+            divided[name] = max(1, value // factor)
+    return divided
