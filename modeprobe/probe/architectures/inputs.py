@@ -248,10 +248,16 @@ class InputMaker:
 
 
 _SIZES_EXPECTED = (
-    # got, expected: by a linear layer, a normalisation, a convolution
+    # got, expected: by a linear layer, a normalisation, a convolution, a sum
     (re.compile(r"cannot be multiplied \(\d+x(?P<got>\d+) and (?P<expected>\d+)x\d+\)"), -1),
     (re.compile(r"normalized_shape=\[(?P<expected>\d+)\].*got input of size\[.*?(?P<got>\d+)\]"), -1),
     (re.compile(r"to have (?P<expected>\d+) channels, but got (?P<got>\d+) channels"), 1),
+    (
+        re.compile(
+            r"tensor a \((?P<got>\d+)\) must match .* tensor b \((?P<expected>\d+)\) at .*dimension 2"
+        ),
+        2,
+    ),
 )
 
 
@@ -262,9 +268,7 @@ def _with_expected_sizes(inputs: Inputs, failure: str) -> Iterator[Inputs]:
         if found is None:
             continue
         for name, value in inputs.items():
-            if not isinstance(value, torch.Tensor) or not value.is_floating_point() or value.ndim < 2:
-                continue
-            if value.shape[dimension] == int(found["got"]):
-                shape = list(value.shape)
+            shape = list(value.shape) if isinstance(value, torch.Tensor) and value.is_floating_point() else []
+            if len(shape) > max(dimension, 1) and shape[dimension] == int(found["got"]):
                 shape[dimension] = int(found["expected"])
                 yield {**inputs, name: torch.randn(shape, generator=torch.Generator().manual_seed(1))}

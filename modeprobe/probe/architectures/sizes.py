@@ -59,15 +59,13 @@ _SHALLOW = {
 # Ids that stand for pictures and sounds in a text, among the last of the small vocabulary.
 PLACEHOLDERS = {"image": 60, "video": 61, "audio": 62}
 _PLACEHOLDER = re.compile(rf"^({'|'.join(PLACEHOLDERS)})_token_(id|index)$")
-# Shares of half a narrow head, for time, height and width.
-_MROPE_SECTION = [2, 1, 1]
 _HEAD_SIZES = frozenset({"head_dim", "d_kv", "num_key_value_heads", "qk_rope_head_dim", "rotary_dim"})
 # What follows from other fields, and would contradict them once those are small.
 _DERIVED = frozenset(
     """out_features out_indices stage_names _out_features _out_indices attention_layers
     per_layer_config qk_head_dim""".split()  # noqa: SIM905
 )
-_FILLED = frozenset({"num_key_value_heads", "num_experts_per_tok", "head_dim", "prediction_length"})
+_FILLED = frozenset("num_key_value_heads num_experts_per_tok head_dim prediction_length vocab_size".split())  # noqa: SIM905
 _BACKBONE = {
     "model_type": "resnet",
     "embedding_size": 8,
@@ -111,7 +109,7 @@ def _shrunk(values: dict[str, Any], sizes: dict[str, int], deep: bool = False) -
         elif isinstance(value, dict) and "model_type" in value:
             shrunk[name] = _shrunk(value, sizes, deep)
         elif isinstance(value, dict) and "rope_type" in value and "hidden_size" in sizes:
-            shrunk[name] = {**value, "mrope_section": _MROPE_SECTION}
+            shrunk[name] = {**value, "mrope_section": _rotary_sections(value, sizes)}
         elif placeholder := _PLACEHOLDER.match(name):
             shrunk[name] = PLACEHOLDERS[placeholder[1]]
         elif isinstance(value, int) and not isinstance(value, bool):
@@ -138,6 +136,13 @@ def _shrunk_list(name: str, value: list[Any], sizes: dict[str, int]) -> Any:
     if _LAYER_INDICES.search(name) and name not in _DERIVED and all(isinstance(item, int) for item in value):
         return list(range(min(DEPTH, len(value))))
     return value
+
+
+def _rotary_sections(rope: dict[str, Any], sizes: dict[str, int]) -> list[int]:
+    """Shares of the rotated half of a head for time, height and width."""
+    head = sizes["hidden_size"] // sizes["num_attention_heads"]
+    half = int(head * (rope.get("partial_rotary_factor") or 1.0)) // 2
+    return [half - 2 * (half // 4), half // 4, half // 4]
 
 
 def _numbers(values: dict[str, Any]) -> Iterator[tuple[str, int]]:
