@@ -13,7 +13,7 @@ from modeprobe.probe.call import Call
 from modeprobe.probe.generation import compare_generation
 from modeprobe.probe.judge import judge
 from modeprobe.probe.leaves import Comparison
-from modeprobe.probe.observe import SEEDS, Observation, observe
+from modeprobe.probe.observe import Observation, observe
 from modeprobe.probe.progress import Progress
 from modeprobe.probe.randomness import preserved
 from modeprobe.probe.report import Report
@@ -72,7 +72,7 @@ def probe(
         bench = Workbench(model)
         seen = observe(bench, call, show)
         mutated = frozenset(name for run in seen.runs for name in run.mutated)
-        attributor = Attributor(bench, call, SEEDS[0], mutated, show)
+        attributor = Attributor(bench, call, seen.seed, mutated, show)
         attributor.trace()
         _attribute(attributor, seen, call)
         generation = compare_generation(bench, call, generate, show)

@@ -140,11 +140,14 @@ def _mutations(model: nn.Module, seen: Observation) -> Iterator[Mutation]:
 
 
 def _failures(seen: Observation) -> list[Failure]:
-    return [
-        Failure(_WORD[run.mode], run.phase, f"{type(run.error).__name__}: {run.error}")
+    found = [
+        Failure(
+            _WORD[run.mode], run.phase, f"{type(run.error).__name__}: {run.error}", seen.sometimes(run.mode)
+        )
         for run in seen.runs
         if run.error is not None
     ]
+    return list(dict.fromkeys(found))
 
 
 def _norm(name: str, module: _BatchNorm, found: Attribution) -> BatchNormInfo:

@@ -21,6 +21,7 @@ from modeprobe.probe.state import reachable
 from modeprobe.probe.workbench import Workbench
 
 SEEDS = (20011, 20021, 20023)
+_MODES = (True, False)
 
 
 @dataclass
@@ -39,7 +40,21 @@ class Observation:
     rare: bool = False
 
     def first(self, mode: bool) -> Run | None:
-        return next((run for run in self.runs if run.mode is mode), None)
+        """The first run in this mode that did not raise, or the first."""
+        runs = [run for run in self.runs if run.mode is mode]
+        return next((run for run in runs if run.error is None), runs[0] if runs else None)
+
+    def sometimes(self, mode: bool) -> bool:
+        """Whether runs in this mode raise with one seed and not with another."""
+        return len({run.error is None for run in self.runs if run.mode is mode}) == 2
+
+    @property
+    def seed(self) -> int:
+        """The first seed with which both modes ran."""
+        ran = {
+            mode: {run.seed for run in self.runs if run.mode is mode and run.error is None} for mode in _MODES
+        }
+        return next((seed for seed in SEEDS if seed in ran[True] & ran[False]), SEEDS[0])
 
     @property
     def without_values(self) -> bool:
@@ -49,6 +64,8 @@ class Observation:
 
     def is_random(self, mode: bool) -> bool:
         by_seed, repeated = self.by_seed.get(mode), self.repeated.get(mode)
+        if self.sometimes(mode):
+            return True
         if by_seed is None:
             return False
         # A change within round-off is chance too when the same seed gives the same bits.
@@ -96,26 +113,28 @@ def run_once(
 def observe(bench: Workbench, call: Call, tick: Callable[[str], None] = lambda text: None) -> Observation:
     seen = Observation()
     by: dict[tuple[bool, int], Run] = {}
-    for mode in (True, False):
+    for mode in _MODES:
+        inspect = True
         for index, seed in enumerate(SEEDS):
             tick(f"{'train' if mode else 'eval'} mode, seed {index + 1} of {len(SEEDS)}")
-            run = run_once(bench, call, mode, seed, inspect=index == 0)
+            run = run_once(bench, call, mode, seed, inspect)
             if run.error is not None and not call.grad_enabled and not by:
                 call.grad_enabled = True  # a model that differentiates inside its forward needs it
-                retry = run_once(bench, call, mode, seed, inspect=index == 0)
+                retry = run_once(bench, call, mode, seed, inspect)
                 if retry.error is None:
                     run = retry
                 else:
                     call.grad_enabled = False
             seen.runs.append(run)
             by[mode, seed] = run
-            if run.error is not None:
+            inspect = inspect and run.error is not None
+            if run.error is not None and index:
                 break
         outcomes = [run for (m, _), run in by.items() if m is mode and run.leaves is not None]
         if len(outcomes) > 1:
             seen.by_seed[mode] = _largest([_compare(outcomes[0], other) for other in outcomes[1:]])
             if not seen.by_seed[mode].same:
-                again = run_once(bench, call, mode, SEEDS[0])
+                again = run_once(bench, call, mode, outcomes[0].seed)
                 if again.leaves is not None:
                     seen.repeated[mode] = _compare(outcomes[0], again)
     pairs = [(by.get((True, seed)), by.get((False, seed))) for seed in SEEDS]
@@ -135,7 +154,7 @@ def _in_float64(bench: Workbench, call: Call) -> Comparison | None:
     """Train against eval in float64, where rounding shrinks and a real difference does not."""
     if bench.strategy != "copy":
         return None
-    runs = [run_once(bench, call, mode, SEEDS[0], wide=True) for mode in (True, False)]
+    runs = [run_once(bench, call, mode, SEEDS[0], wide=True) for mode in _MODES]
     if any(run.error is not None for run in runs):
         return None
     assert runs[0].leaves is not None

@@ -95,11 +95,12 @@ class BatchNormInfo:
 
 @dataclass(frozen=True)
 class Failure:
-    """An exception in the model: in which mode and phase it was raised."""
+    """An exception in the model: its mode and phase. sometimes: with other seeds there was none."""
 
     mode: str
     phase: str
     error: str
+    sometimes: bool = False
 
 
 @dataclass(frozen=True)

@@ -85,7 +85,10 @@ def facts(report: Report) -> list[str]:
         lines.append(f"batch norm in eval mode uses {source}: {len(norms)} ({_some(b.path for b in norms)})")
     if report.drift is not None:
         lines += [report.drift.verdict, *report.drift.signs]
-    lines += [f"{f.mode} mode, {f.phase}: {f.error}" for f in report.failures]
+    lines += [
+        f"{f.mode} mode, {f.phase}{', with some seeds' if f.sometimes else ''}: {f.error}"
+        for f in report.failures
+    ]
     return lines + report.notes
 
 

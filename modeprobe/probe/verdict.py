@@ -19,13 +19,15 @@ def verdict(report: Report) -> str:
         first = report.failures[0] if report.failures else None
         reason = f": {first.error} ({first.phase}, {first.mode} mode)" if first else ""
         return f"The model could not be run{reason}."
-    failed = {failure.mode for failure in report.failures}
-    if failed and len(failed) == 1:
-        failure = report.failures[0]
+    always = [failure for failure in report.failures if not failure.sometimes]
+    if len({failure.mode for failure in always}) == 1:
+        failure = always[0]
         other = "eval" if failure.mode == "train" else "train"
         return f"The model runs in {other} mode only: in {failure.mode} mode it raises {failure.error}."
     sentence = _nothing(report) if report.effect == "none" else _something(report)
-    return sentence + _generation(report)
+    sometimes = dict.fromkeys(failure.mode for failure in report.failures if failure.sometimes)
+    raises = "".join(f" In {mode} mode it raises with some seeds." for mode in sometimes)
+    return sentence + raises + _generation(report)
 
 
 def _nothing(report: Report) -> str:

@@ -4,6 +4,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import modeprobe as mp
+from modeprobe.probe.observe import SEEDS
 
 pytestmark = pytest.mark.rung("reference")
 
@@ -31,6 +32,30 @@ def test_ungated_functional_dropout_is_random_in_eval():
     assert (report.effect, set(report.causes)) == ("none", set())
     assert report.train_is_random
     assert report.eval_is_random
+
+
+@pytest.mark.parametrize("unlucky", [0, 1, 2])
+def test_a_model_that_raises_with_some_seeds_is_probed_with_the_others(unlucky):
+    class Model(nn.Module):
+        def forward(self, x):
+            if self.training:
+                y = F.dropout(x, 0.5)
+                if torch.equal(torch.get_rng_state(), bad):
+                    raise IndexError("out of range")
+                return y
+            return x
+
+    x = torch.randn(4, 8)
+    torch.manual_seed(SEEDS[unlucky])
+    F.dropout(x, 0.5)
+    bad = torch.get_rng_state()
+    report = mp.probe(Model(), x)
+    assert (report.effect, set(report.causes)) == ("differs", {"functional_dropout"})
+    assert report.train_is_random
+    assert [(f.mode, f.error, f.sometimes) for f in report.failures] == [
+        ("train", "IndexError: out of range", True)
+    ]
+    assert report.verdict.endswith("In train mode it raises with some seeds.")
 
 
 def test_the_package_is_also_the_function():

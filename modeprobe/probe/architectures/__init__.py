@@ -58,7 +58,13 @@ def build(model_type: str, seed: int = 0) -> tuple[nn.Module, dict[str, Any]]:
     ran = False
     with warnings.catch_warnings(), _quiet():
         warnings.simplefilter("ignore")
-        for model in _models(_configuration(model_type), seed):
+        try:
+            config = _configuration(model_type)
+        except Exception as error:
+            raise ArchitectureError(
+                f"transformers has no default configuration of {model_type}: {_short(error)}"
+            ) from None
+        for model in _models(config, seed):
             if isinstance(model, ImportError) and not str(model.name).startswith("transformers."):
                 raise ArchitectureError(f"{model_type} needs a package: {_short(model)}") from None
             if isinstance(model, Exception):
