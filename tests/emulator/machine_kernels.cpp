@@ -53,6 +53,10 @@ __global__ void never_completes_kernel(const float*, float* out) {
   out[threadIdx.x] = 1;
 }
 __global__ void misaligned_kernel(const float* x, float*) { (void)load_packet(x + 1); }
+__global__ void misaligned_shared_kernel(const float*, float*) {
+  MODEPROBE_SHARED(words, uint32_t[4 * kThreads]);
+  (void)load_packet(words + 4 * threadIdx.x);
+}
 
 // Every block reads what the others wrote before the barrier.
 __global__ void grid_barrier_kernel(const float* x, float* out) {
@@ -97,6 +101,7 @@ const std::map<std::string, Kernel>& kernels() {
       {"not_in_mask", not_in_mask_kernel},
       {"never_completes", never_completes_kernel},
       {"misaligned", misaligned_kernel},
+      {"misaligned_shared", misaligned_shared_kernel},
       {"grid_barrier", grid_barrier_kernel},
       {"votes", votes_kernel},
   };

@@ -366,13 +366,14 @@ void check_aligned(const void* pointer, size_t bytes) {
     fail(*current(), "misaligned access of " + std::to_string(bytes) + " bytes");
 }
 
-void* shared_bytes(const void* site, size_t bytes) {
+void* shared_bytes(const void* site, size_t bytes, size_t alignment) {
   Block& block = *current()->block;
+  const size_t before = alignment % 16;
   for (const SharedObject& one : block.shared)
-    if (one.site == site) return one.bytes.get();
-  block.shared.push_back({site, std::unique_ptr<std::byte[]>(new std::byte[bytes])});
-  memset(block.shared.back().bytes.get(), 0xff, bytes);
-  return block.shared.back().bytes.get();
+    if (one.site == site) return one.bytes.get() + before;
+  block.shared.push_back({site, std::unique_ptr<std::byte[]>(new std::byte[before + bytes])});
+  memset(block.shared.back().bytes.get(), 0xff, before + bytes);
+  return block.shared.back().bytes.get() + before;
 }
 
 void* dynamic_shared() { return current()->block->dynamic.get(); }

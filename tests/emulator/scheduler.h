@@ -101,12 +101,14 @@ void grid_barrier(Site site = Site::current());
 Exchange exchange(Site site, uint32_t mask, uint64_t value);
 void check_active(Site site, uint32_t mask, int source);
 void check_aligned(const void* pointer, size_t bytes);
-void* shared_bytes(const void* site, size_t bytes);
+// Not one bit more aligned than asked for: on a GPU other objects may lie before it.
+void* shared_bytes(const void* site, size_t bytes, size_t alignment);
 void* dynamic_shared();
 
 template <typename T>
 T& shared(const void* site) {
-  return *static_cast<T*>(shared_bytes(site, sizeof(T)));
+  static_assert(alignof(T) <= 16);
+  return *static_cast<T*>(shared_bytes(site, sizeof(T), alignof(T)));
 }
 
 // Runs the grid to its end, or throws Fault.

@@ -43,6 +43,7 @@ def test_a_removed_barrier_shows_under_some_schedule():
         ("not_in_mask", "mask leaves out the caller"),
         ("never_completes", "grid barrier in a launch that is not cooperative"),
         ("misaligned", "misaligned access of 16 bytes"),
+        ("misaligned_shared", "misaligned access of 16 bytes"),
     ],
 )
 @pytest.mark.parametrize("seed", [0, 1])
