@@ -87,6 +87,7 @@ def extension(cpp_extension, cuda: Path | None):
         ]
     }
     library_dirs, libraries, include_dirs = [], [], [str(CSRC / "include")]
+    link_args = ["-Wl,--exclude-libs,ALL"]
     if cuda:
         # torch drops CUDA_HOME on a CPU build, whatever the environment says.
         cpp_extension.CUDA_HOME = str(cuda)
@@ -106,6 +107,9 @@ def extension(cpp_extension, cuda: Path | None):
             str(path) for path in (cuda / "lib64", cuda / "targets/x86_64-linux/lib") if path.is_dir()
         ]
         libraries += ["cudart_static", "dl", "rt", "pthread"]
+        # Through libtorch alone the weak symbol of csrc/cuda/runtime.h reaches libtorch_cuda; no other symbol
+        # is taken from it, and the linker would leave it out.
+        link_args += ["-Wl,--no-as-needed", "-ltorch", "-Wl,--as-needed"]
     # CppExtension, not CUDAExtension: the latter links libc10_cuda, which a CPU build of torch lacks.
     return cpp_extension.CppExtension(
         "modeprobe._C",
@@ -117,7 +121,7 @@ def extension(cpp_extension, cuda: Path | None):
         extra_compile_args=compile_args,
         library_dirs=library_dirs,
         libraries=libraries,
-        extra_link_args=["-Wl,--exclude-libs,ALL"] if sys.platform == "linux" else [],
+        extra_link_args=link_args if sys.platform == "linux" else [],
         py_limited_api=True,
     )
 

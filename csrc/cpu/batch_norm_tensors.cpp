@@ -40,8 +40,8 @@ Geometry geometry_of(const Tensor& input) {
   const int64_t dims = input.dim();
   STD_TORCH_CHECK(dims >= 2, "batch_norm: input must have shape (N, C, *), got ", dims, " dimension(s)");
   int64_t *sizes, *strides;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(input.get(), &sizes));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(input.get(), &strides));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(input.get(), &sizes));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(input.get(), &strides));
   g.sizes.assign(sizes, sizes + dims);
   g.view = {sizes[0], sizes[1], 1, false};
   for (int64_t d = 2; d < dims; ++d) g.view.inner *= sizes[d];
@@ -80,8 +80,8 @@ Tensor in_layout(const Tensor& tensor, const Geometry& g, const char* name) {
   const int64_t dims = static_cast<int64_t>(g.sizes.size());
   STD_TORCH_CHECK(tensor.dim() == dims, "batch_norm: ", name, " must have the shape of input");
   int64_t *sizes, *strides;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(tensor.get(), &sizes));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(tensor.get(), &strides));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(tensor.get(), &sizes));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(tensor.get(), &strides));
   bool same = true;
   for (int64_t d = 0; d < dims; ++d) {
     STD_TORCH_CHECK(sizes[d] == g.sizes[d], "batch_norm: ", name, " must have the shape of input");

@@ -60,7 +60,7 @@ inline const void* checked_p(double p, const MaybeTensor& p_tensor, const Tensor
 inline Tensor empty_strided(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides,
                             ScalarType type, const Tensor& beside) {
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
       static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), static_cast<int32_t>(type),
       aoti_torch_device_type_cuda(), beside.get_device_index(), &handle));
   return Tensor(handle);

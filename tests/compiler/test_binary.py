@@ -70,6 +70,13 @@ def test_needs_no_library_that_a_cpu_torch_lacks():
     assert [name for name in needed if not NEEDED.fullmatch(name)] == []
 
 
+@needs_cuda_kernels
+def test_finds_the_stream_of_a_cuda_torch():
+    # The weak symbol is looked up in what the library needs: libtorch leads on to libtorch_cuda, and nothing
+    # else does. Without it every CUDA operator would take a CUDA build of torch for a CPU build.
+    assert "libtorch.so" in output("objdump", "-p", str(path()))
+
+
 def test_uses_no_symbol_of_torch_outside_its_stable_abi():
     strange, weak = [], []
     for kind, name in symbols("--undefined-only"):
