@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from modeprobe.ops.batch_norm_fake import FAKES
+from modeprobe.ops.triton_call import prepared
 from modeprobe.triton_kernels import batch_norm as kernels
 
 _EPILOGUE = "Tensor? residual=None, int activation=0, float slope=0.01, Tensor? key=None, float p=0.0"
@@ -36,10 +37,11 @@ _SCHEMAS = {
 
 def _register(name: str) -> torch.library.CustomOpDef:
     schema = _SCHEMAS[name]
+    mutated = _BUFFER_NAMES if "(a!)" in schema else ()
     operator = torch.library.custom_op(
         f"modeprobe_triton::{name}",
-        getattr(kernels, f"launch_{name}"),
-        mutates_args=_BUFFER_NAMES if "(a!)" in schema else (),
+        prepared(getattr(kernels, f"launch_{name}"), mutated),
+        mutates_args=mutated,
         schema=schema,
     )
     operator.register_fake(FAKES[name])

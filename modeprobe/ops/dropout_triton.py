@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from modeprobe.ops.dropout_fake import FAKES
+from modeprobe.ops.triton_call import prepared
 
 _P = "Tensor key, float p"
 _PLACE = "int offset=0"
@@ -106,7 +107,7 @@ def _softmax_dropout_backward(grad_output, probabilities, key, p, offset=0, p_te
 def _register(name: str) -> Any:
     operator = torch.library.custom_op(
         f"modeprobe_triton::{name}",
-        globals()[f"_{name}"],
+        prepared(globals()[f"_{name}"]),
         mutates_args=("input",) if name == "dropout_" else (),
         schema=_SCHEMAS[name],
     )

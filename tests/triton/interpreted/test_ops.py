@@ -88,3 +88,31 @@ def test_opcheck():
     ]
     for operator, arguments in samples:
         torch.library.opcheck(operator, arguments)
+
+
+def test_vectors_with_strides():
+    """A key from a table, parameters and buffers from a column: no neighbour is taken for the next element."""
+    x, key = torch.randn(4, 3, 5), torch.stack((KEY, mask.key(1, 2)), 1)[:, 0]
+    values = torch.rand(3, 4).add(0.5)
+
+    def run(columns):
+        weight, bias, mean, var = columns
+        y = mp.functional.batch_norm(x, mean, var, weight, bias, True, 0.1, 1e-5)
+        return y, mean, var, mp.functional.dropout(x, 0.3, key=key)
+
+    with mp.backend("triton"):
+        got = run(values.clone().unbind(1))
+        expected = run([column.contiguous() for column in values.unbind(1)])
+    for mine, dense in zip(got, expected, strict=True):
+        assert torch.equal(mine, dense)
+    assert torch.equal(got[3] != 0, mask.keep_mask(x.shape, 0.3, KEY))
+
+
+def test_launches_on_the_device_of_the_data(monkeypatch):
+    seen = []
+    entered = torch.cuda.device_of
+    monkeypatch.setattr(torch.cuda, "device_of", lambda tensor: seen.append(tensor) or entered(tensor))
+    x = torch.randn(16)
+    with mp.backend("triton"):
+        mp.functional.dropout(x, 0.3, key=KEY)
+    assert seen == [x]
