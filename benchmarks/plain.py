@@ -7,6 +7,8 @@ Saves results.json, with verdicts, as it goes. Charts and the page are made from
 from __future__ import annotations
 
 import argparse
+import os
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,6 +40,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=None, help="folder of the machines' folders")
     parser.add_argument("--machine", default=None, help="name of the machine's folder")
     parser.add_argument("--works", default=None, help="only works whose name contains or matches this")
+    parser.add_argument(
+        "--after", default=None, help="only works that come after this one in the run's order"
+    )
     options = parser.parse_args(arguments)
     name = options.machine or results.machine(options.device)["name"]
     path = (options.output or results.default_folder()) / name / "results.json"
@@ -45,6 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     works = sorted(
         select(all_works(options.device), options.works), key=lambda work: priority(work, options.device)
     )
+    names = [work.name for work in works]
+    works = works[names.index(options.after) + 1 if options.after else 0 :]
     found = results.load(path) if path.is_file() else results.empty(options.device)
     start = time.monotonic()
     print(f"{len(works)} works, at most {options.budget:.0f} s", flush=True)
@@ -57,6 +64,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         budget=options.budget,
         report=lambda work, rows: print(f"{time.monotonic() - start:5.0f} s  {line(work, rows)}", flush=True),
     )
+    if late and options.device == "cuda" and runner.lost():
+        *_, last = [work.name for work in works if work not in late]
+        print(f"The GPU is lost after {last}: a new process goes on", flush=True)
+        left = options.budget - (time.monotonic() - start)
+        os.execv(sys.executable, [*sys.orig_argv, "--budget", str(max(left, 0.0)), "--after", last])
     if late:
         print(f"No time was left for {len(late)} works, {late[0].name} the first")
     print(f"{len(works) - len(late)} works measured: {path}")

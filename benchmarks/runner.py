@@ -9,6 +9,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import torch
+
 from . import allocator, results, rivals
 from .check import check, priority
 from .compiled import first_line
@@ -54,7 +56,7 @@ def run(
         now: seconds, for the budget.
 
     Returns:
-        The works that were left out.
+        The works that were left out; on a GPU also those after a work that took the GPU from the process.
     """
     name = results.now()
     while name in found["runs"]:
@@ -105,7 +107,20 @@ def run(
         entry["load"][1] = results.load_average()
         results.save(found, path)
         report(work, rows)
+        if device == "cuda" and lost():
+            entry["left_out"] = [late.name for late in works[index + 1 :]]
+            results.save(found, path)
+            return list(works[index + 1 :])
     return []
+
+
+def lost() -> bool:
+    """Whether the process can use its GPU no more: an illegal access makes every later call fail."""
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
 
 
 def within(limits: Limits, seconds: float) -> Limits:

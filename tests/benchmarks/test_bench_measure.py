@@ -175,6 +175,30 @@ def test_a_work_that_cannot_be_set_up_does_not_stop_the_run(tmp_path):
     assert results.find(found, "double/forward/8/float32", "modeprobe", "cpu")["status"] == "ok"
 
 
+def test_a_lost_gpu_is_left_to_a_new_process(tmp_path, monkeypatch):
+    from modeprobe.benchmarks import plain
+
+    works = [Work("double", "forward", (size,), "float32", 2, setup) for size in (8, 9, 10)]
+    ran, started = [], []
+
+    def run(works, *arguments, **options):
+        ran.append([work.shape[0] for work in works])
+        return works[1:]
+
+    monkeypatch.setattr(plain, "all_works", lambda device: works)
+    monkeypatch.setattr(plain.results, "empty", lambda device: {})
+    monkeypatch.setattr(runner, "run", run)
+    monkeypatch.setattr(runner, "lost", lambda: True)
+    monkeypatch.setattr(plain.os, "execv", lambda program, arguments: started.append(arguments))
+    options = ["--device", "cuda", "--budget", "60", "--output", str(tmp_path), "--machine", "m"]
+    plain.main(options)
+    *_, budget, after, last = started[0]
+    assert float(budget) <= 60
+    assert (after, last) == ("--after", "double/forward/8/float32")
+    plain.main([*options, after, last])
+    assert ran == [[8, 9, 10], [9, 10]]
+
+
 @pytest.mark.parametrize(("speed", "least"), [(1.0, 6), (0.02, 1)])
 def test_a_run_ends_with_its_budget_on_a_machine_of_any_speed(speed, least, tmp_path):
     """No more than the work under way is late, which costs its setup and the fewest rounds."""

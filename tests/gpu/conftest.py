@@ -10,3 +10,11 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.rung("gpu"))
             if not torch.cuda.is_available():
                 item.add_marker(pytest.mark.skip(reason=REASON))
+
+
+@pytest.fixture(autouse=True)
+def kernels_have_ended():
+    """A kernel's fault comes up in the test that launched it."""
+    yield
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()

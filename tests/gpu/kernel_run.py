@@ -19,7 +19,17 @@ def main():
                 ops.dropout(x, key, 0.1)
                 ops.dropout_(x, key, 0.1, 3)
                 ops.dropout(x, key, 0.0, 0, True, p)
+                ops.dropout(x, key, 0.1, 3)
+                ops.alpha_dropout(x, key, 0.1, [])
+            for shape in ((3, 5, 7, 9), (4, 8, 16, 64)):
+                x = torch.randn(shape, device="cuda").to(dtype)
+                ops.structured_dropout(x, key, 0.3, [2, 3])
+                ops.bias_dropout_add(x, x[0, 0, 0], x, key, 0.1)
+                ops.bias_dropout_add_backward(x, key, 0.1)
+                _, probabilities = ops.softmax_dropout(x, x[:1] > 0, key, 0.1, True)
+                ops.softmax_dropout_backward(x, probabilities, key, 0.1)
             ops.dropout_mask(key, 1001, 0.5)
+            ops.fold_in(key, 3)
             # The first two take one launch, the last two.
             for shape in ((4, 3, 7, 7), (16, 64, 9, 8), (64, 8, 40, 41)):
                 for memory_format in (torch.contiguous_format, torch.channels_last):
@@ -42,7 +52,10 @@ def main():
                             y, x, statistics, w, b, True, True, True, bool(activation), *extra
                         )
                     ops.batch_norm_eval(x, m, v, w, b, 1e-5, save=True)
-                    ops.batch_norm_moments(x)
+                    moments = torch.stack([ops.batch_norm_moments(x)] * 2)
+                    ops.batch_norm_merge(moments, m, v, count, None, None)
+                    sums = ops.batch_norm_backward_reduce(x, x, statistics, w, b)
+                    ops.batch_norm_backward_input(x, x, statistics, sums, w, b, False)
     torch.cuda.synchronize()
     print("all kernels ran")
 

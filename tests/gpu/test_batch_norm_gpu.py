@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from support.gpu import close
 
 import modeprobe  # noqa: F401  (registers the operators)
 
@@ -18,13 +19,6 @@ SHAPES = (
     (8193, 2, 3, 1),
 )
 ops = torch.ops.modeprobe
-
-
-def close(got, same_dtype, truth, dtype, what):
-    allowed = 2 * (same_dtype.double() - truth).abs().max() + 4 * torch.finfo(dtype).eps * truth.abs().max()
-    if dtype == torch.float64:
-        allowed = allowed * 64
-    assert (got.double() - truth).abs().max() <= allowed, what
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
@@ -48,9 +42,9 @@ def test_training_forward_and_backward(dtype, shape, memory_format):
     same, same_gradients = reference(dtype)
     y, statistics, _ = ops.batch_norm_train(x, w, b, mean, var, count, None, 0.1, 1e-5)
     assert y.stride() == x.stride()
-    close(y, same, truth, dtype, "y")
+    close(y, same, truth, "y")
     got = ops.batch_norm_backward(dy, x, statistics, w, b, True, True, True, False)
-    close(got[0], same_gradients[0], truth_gradients[0], dtype, "dx")
+    close(got[0], same_gradients[0], truth_gradients[0], "dx")
     for mine, same_g, truth_g in zip(got[1:3], same_gradients[1:], truth_gradients[1:], strict=True):
         magnitude = dy.double().abs().sum() / shape[1]
         allowed = 2 * (same_g.double() - truth_g).abs().max() + 2 * torch.finfo(wide).eps * magnitude
@@ -98,6 +92,7 @@ def test_graph_replay_counts_each_batch():
     def step():
         return ops.batch_norm_train(x, None, None, mean, var, count, None, None, 1e-5)
 
+    torch.cuda.synchronize()
     with torch.cuda.stream(torch.cuda.Stream()):
         step()
     torch.cuda.synchronize()
@@ -109,13 +104,3 @@ def test_graph_replay_counts_each_batch():
     torch.cuda.synchronize()
     assert count.item() == 6
     torch.testing.assert_close(mean, x.transpose(0, 1).flatten(1).mean(1), rtol=1e-4, atol=1e-6)
-
-
-def test_non_finite_batches_are_skipped():
-    x = torch.randn(4, 300, 5, 5, device="cuda")
-    x[1, 299, 2, 2] = float("nan")
-    mean, var = torch.zeros(300, device="cuda"), torch.ones(300, device="cuda")
-    count, skipped = (torch.zeros((), dtype=torch.int64, device="cuda") for _ in range(2))
-    ops.batch_norm_train(x, None, None, mean, var, count, skipped, 0.1, 1e-5)
-    assert (count.item(), skipped.item()) == (0, 1)
-    assert torch.equal(mean, torch.zeros_like(mean))

@@ -5,6 +5,7 @@ import torch
 
 import modeprobe as mp
 from modeprobe import mask
+from modeprobe.ops.dropout import operators
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 BACKENDS = ("native", "triton")
@@ -32,24 +33,39 @@ def test_forward_and_backward_are_the_contract(backend, dtype, n):
             assert torch.equal(gradient.cpu(), expected(torch.ones_like(x), key, p, offset))
 
 
-def test_known_keep_count():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_known_keep_count(backend):
     key = mask.key(1234, 5, device="cuda")
-    assert mp.functional.dropout_mask((1 << 22,), 0.1, key).sum().item() == 3_774_657
-    assert mp.functional.dropout_mask((1 << 22,), 1 / 3, key).sum().item() == 2_795_527
+    with mp.backend(backend):
+        assert mp.functional.dropout_mask((1 << 22,), 0.1, key).sum().item() == 3_774_657
+        assert mp.functional.dropout_mask((1 << 22,), 1 / 3, key).sum().item() == 2_795_527
 
 
-def test_p_on_the_device():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_p_on_the_device(backend):
     key, x = mask.key(3, device="cuda"), torch.randn(10007, device="cuda")
+    dropout = operators(backend).dropout
     for p in (0.0, 0.1, 1 / 3, 1 - 1e-7, 1.0):
         p_tensor = torch.tensor(p, dtype=torch.float64, device="cuda")
-        got = torch.ops.modeprobe.dropout(x, key, 0.7, 0, True, p_tensor)
-        assert torch.equal(got, torch.ops.modeprobe.dropout(x, key, p))
+        assert torch.equal(dropout(x, key, 0.7, 0, True, p_tensor), dropout(x, key, p))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_keys_from_keys(backend):
+    key, n = mask.key(1234, 5), 2**40 + 7
+    expected = mask.fold_in(key, n)
+    number = torch.tensor(n, device="cuda")
+    for got in (
+        operators(backend).fold_in(key.cuda(), n),
+        operators(backend).fold_in(key.cuda(), 0, number),
+    ):
+        assert torch.equal(got.cpu(), expected)
 
 
 def test_graph_replay_draws_fresh_masks():
     x = torch.ones(4096, device="cuda", dtype=torch.bfloat16)
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
         mp.functional.dropout(x, 0.5)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()

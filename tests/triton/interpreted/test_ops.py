@@ -91,7 +91,7 @@ def test_opcheck():
 
 
 def test_vectors_with_strides():
-    """A key from a table, parameters and buffers from a column: no neighbour is taken for the next element."""
+    """A key from a table, parameters and buffers from a column: neighbours are not taken for elements."""
     x, key = torch.randn(4, 3, 5), torch.stack((KEY, mask.key(1, 2)), 1)[:, 0]
     values = torch.rand(3, 4).add(0.5)
 
