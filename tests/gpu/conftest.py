@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -6,7 +8,7 @@ REASON = "no CUDA device" if torch.version.cuda else "no CUDA device (this torch
 
 def pytest_collection_modifyitems(items):
     for item in items:
-        if "/gpu/" in str(item.path):
+        if Path(__file__).parent in item.path.parents:
             item.add_marker(pytest.mark.rung("gpu"))
             if not torch.cuda.is_available():
                 item.add_marker(pytest.mark.skip(reason=REASON))

@@ -35,6 +35,19 @@ constexpr int kWarps = kThreads / kWarp;
 
 constexpr size_t kSharedWithoutAsking = 48 << 10;  // static and dynamic together
 
+// What the current device says, or `otherwise` where it cannot be asked.
+inline int device_attribute(cudaDeviceAttr attribute, int otherwise) {
+  int device = 0, value = 0;
+  if (cudaGetDevice(&device) != cudaSuccess ||
+      cudaDeviceGetAttribute(&value, attribute, device) != cudaSuccess)
+    return otherwise;
+  return value > 0 ? value : otherwise;
+}
+inline int multiprocessors() { return device_attribute(cudaDevAttrMultiProcessorCount, 1); }
+inline int shared_bytes_per_block() {
+  return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, int(kSharedWithoutAsking));
+}
+
 // With `shared_bytes` of dynamic shared memory, beside less than `static_bytes` of static. Errors are those
 // of the launch itself; those of the kernel come with the next synchronisation, as everywhere in CUDA.
 template <typename... Params, typename... Args>
@@ -45,8 +58,10 @@ cudaError_t launch_with_shared(void (*kernel)(Params...), dim3 grid, dim3 block,
   return emulator::launch(kernel, grid, block, shared_bytes, Params(args)...);
 #else
   if (shared_bytes + static_bytes > kSharedWithoutAsking) {
+    // As much as there can be, always: another thread may be about to launch the kernel with more than this.
+    const int most = shared_bytes_per_block() - int(static_bytes);
     const cudaError_t status =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes));
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
     if (status != cudaSuccess) return status;
   }
   cudaLaunchConfig_t config{};
@@ -61,19 +76,6 @@ cudaError_t launch_with_shared(void (*kernel)(Params...), dim3 grid, dim3 block,
 template <typename... Params, typename... Args>
 cudaError_t launch(void (*kernel)(Params...), dim3 grid, dim3 block, cudaStream_t stream, Args... args) {
   return launch_with_shared(kernel, grid, block, 0, 0, stream, args...);
-}
-
-// What the current device says, or `otherwise` where it cannot be asked.
-inline int device_attribute(cudaDeviceAttr attribute, int otherwise) {
-  int device = 0, value = 0;
-  if (cudaGetDevice(&device) != cudaSuccess ||
-      cudaDeviceGetAttribute(&value, attribute, device) != cudaSuccess)
-    return otherwise;
-  return value > 0 ? value : otherwise;
-}
-inline int multiprocessors() { return device_attribute(cudaDevAttrMultiProcessorCount, 1); }
-inline int shared_bytes_per_block() {
-  return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, int(kSharedWithoutAsking));
 }
 
 // Blocks for a grid-stride loop over `items`, one per thread and step: no more than stay resident.
