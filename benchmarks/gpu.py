@@ -51,14 +51,16 @@ class Session:
     outcomes: list[Outcome] = field(default_factory=list)
 
     def environment(self) -> dict[str, str]:
-        def before(folder: Path, name: str) -> str:
-            return os.pathsep.join(filter(None, (str(folder), os.environ.get(name))))
+        def before(name: str, *folders: Path) -> str:
+            return os.pathsep.join(filter(None, (*map(str, folders), os.environ.get(name))))
 
         return os.environ | {
             "MODEPROBE_FACTS": str(self.results / "facts.json"),
             "MODEPROBE_GPU_REHEARSAL": "1" if self.device == "cpu" else "",
-            "PYTHONPATH": before(self.site, "PYTHONPATH"),  # torch itself may come from what is there already
-            "PATH": before(Path(sys.executable).parent, "PATH"),  # ninja beside an interpreter not activated
+            # Before what is there already, from which torch itself may come. Processes that tests spawn import
+            # these again, as tests.batch_norm and so on.
+            "PYTHONPATH": before("PYTHONPATH", self.site, ROOT),
+            "PATH": before("PATH", Path(sys.executable).parent),  # ninja beside an interpreter not activated
         }
 
     def python(self, *arguments: str) -> list[str]:

@@ -110,7 +110,8 @@ def test_the_ten_numbers_are_the_targets(tmp_path):
 def test_the_layout_imports_like_an_installation(start, tmp_path):
     session = gpu.Session("cpu", "x", tmp_path, tmp_path / "site")
     gpu.lay_out(session)
-    code = "import modeprobe.benchmarks.resources as r, modeprobe; print(modeprobe.__file__)"
+    # Tests spawn processes, which find a test's module below the root.
+    code = "import modeprobe.benchmarks.resources as r, tests, modeprobe; print(modeprobe.__file__)"
     outcome = gpu.run(session, "import", session.python("-c", code), 60, cwd=tmp_path)
     assert outcome.verdict == "ok", (tmp_path / "import.log").read_text()
     assert outcome.note.startswith(str(tmp_path / "site"))

@@ -85,7 +85,8 @@ def operators(name: str) -> Any:
 def _train(ops: Any) -> Any:
     """`batch_norm_train`; in a compiled graph the form that asks when it runs whether it recomputes. An
     exported program keeps the operator that needs no Python."""
-    if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+    # Not is_exporting(): before torch 2.13 Dynamo answers that with True whenever it compiles.
+    if torch.compiler.is_compiling() and not torch.compiler._is_exporting_flag:
         return getattr(ops, "batch_norm_train_once", ops.batch_norm_train)
     return ops.batch_norm_train
 
