@@ -57,7 +57,7 @@ class Session:
         return os.environ | {
             "MODEPROBE_FACTS": str(self.results / "facts.json"),
             "MODEPROBE_GPU_REHEARSAL": "1" if self.device == "cpu" else "",
-            # Before what is there already, from which torch itself may come. Processes that tests spawn import
+            # Before what is there already: torch itself may come from it. Processes that tests spawn import
             # these again, as tests.batch_norm and so on.
             "PYTHONPATH": before("PYTHONPATH", self.site, ROOT),
             "PATH": before("PATH", Path(sys.executable).parent),  # ninja beside an interpreter not activated
