@@ -3,11 +3,16 @@
 import torch
 
 
-def close(got, same_dtype, truth, what):
-    """As near to the truth as twice the error of ``same_dtype``, and a few units in the last place."""
+def close(got, same_dtype, truth, what, *, units=4, scale=0.0):
+    """As near to the truth as twice the error of ``same_dtype``, and some units in the last place.
+
+    units: 8 where Triton divides and takes roots, in two units each. scale: of what was added up, where sums
+    cancel.
+    """
     eps = torch.finfo(got.dtype).eps
-    allowed = 2 * (same_dtype.double() - truth).abs().max() + 4 * eps * truth.abs().max()
+    largest = max(truth.abs().max().item(), scale)
+    allowed = 2 * (same_dtype.double() - truth).abs().max().item() + units * eps * largest
     if got.dtype == torch.float64:  # the truth is not longer than that
-        allowed = allowed * 64
-    error = (got.double() - truth).abs().max()
+        allowed *= 64
+    error = (got.double() - truth).abs().max().item()
     assert error <= allowed, f"{what}: error {error:.3e}, allowed {allowed:.3e}"
