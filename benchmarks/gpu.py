@@ -162,16 +162,21 @@ def pytest(session: Session, name: str, limit: float, *arguments: str) -> Outcom
 
 def tests(session: Session, limit: float) -> Outcome:
     """Every file in a process of its own, for an illegal access takes the GPU from the process that made it;
-    side by side, because most of the time goes into compiling."""
+    side by side and Triton apart, because most of the time goes into compiling."""
     start = time.monotonic()
-    files = sorted((ROOT / "tests" / "gpu").glob("test_*.py"))
-
-    def one(file: Path) -> Outcome:
+    parts = []
+    for file in sorted((ROOT / "tests" / "gpu").glob("test_*.py")):
         name = file.stem.removeprefix("test_").removesuffix("_gpu")
-        return pytest(session, f"tests-{name}", limit, f"tests/gpu/{file.name}")
+        parts.append((name, file.name, "not triton"))
+        if "triton" in file.read_text():
+            parts.append((f"{name}-triton", file.name, "triton"))
 
-    with ThreadPoolExecutor(len(files)) as pool:
-        found = list(pool.map(one, files))
+    def one(part: tuple[str, str, str]) -> Outcome:
+        name, file, which = part
+        return pytest(session, f"tests-{name}", limit, f"tests/gpu/{file}", "-k", which)
+
+    with ThreadPoolExecutor(len(parts)) as pool:
+        found = list(pool.map(one, parts))
     verdict = next((one.verdict for one in found if one.verdict != "ok"), "ok")
     note = "; ".join(f"{one.step.removeprefix('tests-')}: {one.note}" for one in found)
     return Outcome("tests", verdict, time.monotonic() - start, note)
@@ -226,7 +231,7 @@ def bench(session: Session, limit: float) -> Outcome:
 STEPS: dict[str, tuple[float, Callable[[Session, float], Outcome]]] = {
     "facts": (60, facts),  # a first import reads gigabytes
     "build": (200, build),  # nothing goes without it
-    "tests": (110, tests),
+    "tests": (150, tests),
     "sanitizer": (90, sanitizer),
     "bench": (130, bench),
     "suite": (60, suite),

@@ -142,16 +142,16 @@ def test_torch_and_pytest_are_all_it_needs(start, tmp_path, monkeypatch):
 
 
 def test_every_file_of_gpu_tests_is_judged(start, tmp_path, monkeypatch):
-    def one(session, name, limit, *arguments):
-        assert re.fullmatch(r"tests/gpu/test_\w+\.py", *arguments)
-        verdict = "failed" if name == "tests-dropout" else "ok"
-        return gpu.Outcome(name, verdict, 1.0, "3 passed")
+    def one(session, name, limit, file, option, which):
+        assert re.fullmatch(r"tests/gpu/test_\w+\.py", file)
+        assert (option, which) == ("-k", "triton" if name.endswith("-triton") else "not triton")
+        return gpu.Outcome(name, "failed" if name == "tests-dropout-triton" else "ok", 1.0, "3 passed")
 
     monkeypatch.setattr(gpu, "pytest", one)
     outcome = gpu.tests(gpu.Session("cpu", "x", tmp_path, tmp_path), 60)
     assert outcome.verdict == "failed"
     assert "batch_norm: 3 passed; " in outcome.note
-    assert "torch_facts: 3 passed" in outcome.note
+    assert "dropout: 3 passed; dropout-triton: 3 passed" in outcome.note
 
 
 @pytest.mark.parametrize(("signs", "verdict"), [("..s.", "ok"), ("..F.", "failed")])

@@ -129,8 +129,13 @@ struct Ahead {
   }
 
  private:
+  // Packets in registers make no such demand: nvcc spends more of them then.
+  struct alignas(kPacketBytes) Aligned {
+    Packet packet;
+  };
+
   static __device__ __forceinline__ void* room() {
-    MODEPROBE_SHARED(ring, Packet[depth * tensors * Slots<T, count>::kPackets * kThreads]);
+    MODEPROBE_SHARED(ring, Aligned[depth * tensors * Slots<T, count>::kPackets * kThreads]);
     return &ring;
   }
   __device__ __forceinline__ void fetch(int k, int64_t at) const {

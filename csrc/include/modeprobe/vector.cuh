@@ -26,7 +26,7 @@ constexpr int kPacketBytes = 16;
 template <typename T>
 constexpr int kPacket = kPacketBytes / int(sizeof(T));
 
-struct alignas(kPacketBytes) Packet {
+struct Packet {
   uint32_t w[4];
 };
 
