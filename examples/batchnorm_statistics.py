@@ -1,4 +1,4 @@
-"""Five ways to spoil BatchNorm's running statistics, what `drift` says and what `recalibrate` does about it.
+"""Six ways to spoil BatchNorm's running statistics, what `drift` says and what `recalibrate` does about it.
 
 A small network learns scikit-learn's handwritten digits. Its last epoch is run once as it should
 be and once with each fault; the weights are nearly the same, only the statistics differ. Every fault is then

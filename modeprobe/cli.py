@@ -11,14 +11,14 @@ import typer
 
 import modeprobe
 from modeprobe.benchmarks.cli import bench
-from modeprobe.probe.cli import probe
+from modeprobe.probe.cli import ProbeCommand, probe
 
 app = typer.Typer(
     name="modeprobe",
     help="Kernels for dropout and BatchNorm, and a probe that measures what train() and eval() change.",
     no_args_is_help=True,
     add_completion=False,
-    rich_markup_mode="rich",
+    rich_markup_mode="markdown",
     pretty_exceptions_show_locals=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -70,7 +70,7 @@ def tour(
     raise typer.Exit(taken.exit_code)
 
 
-app.command()(probe)
+app.command(cls=ProbeCommand)(probe)
 app.command()(bench)
 
 

@@ -11,11 +11,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 if TYPE_CHECKING:
     from modeprobe.probe.report import Report
 
 _COULD_NOT_RUN = 3
+
+
+class ProbeCommand(TyperCommand):
+    """Ends with 3 where arguments are wrong: the usual 2 would say that the model is suspicious."""
+
+    def make_context(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().make_context(*args, **kwargs)
+        except Exception as error:
+            if getattr(error, "exit_code", None) == 2:
+                error.exit_code = _COULD_NOT_RUN  # type: ignore[attr-defined]
+            raise
 
 
 class Format(str, Enum):
@@ -30,13 +43,13 @@ class Format(str, Enum):
 def probe(
     target: Annotated[
         str | None,
-        typer.Argument(help="What makes the model: [bold]package.module:factory[/bold].", show_default=False),
+        typer.Argument(help="What makes the model: **package.module:factory**.", show_default=False),
     ] = None,
     make_input: Annotated[
         str | None,
         typer.Option(
             "--input",
-            help="What makes its input: [bold]package.module:make_input[/bold]. "
+            help="What makes its input: **package.module:make_input**. "
             "A dict is passed by keyword, a tuple by position.",
             show_default=False,
         ),
@@ -61,8 +74,8 @@ def probe(
 ) -> None:
     """Measure what train() and eval() change in a model.
 
-    Exit code: 0 nothing differs, 1 outputs differ, 2 suspicious (random in eval mode, ungated, mixed modes,
-    state changed), 3 could not be run.
+    Exit code: 0 nothing differs, 1 outputs differ, 2 suspicious (random in eval mode, ungated random calls,
+    mixed modes, state changed, generated text that depends on the mode), 3 could not be run.
     """
     try:
         # Whatever the model prints must not mix with the report.
@@ -71,12 +84,13 @@ def probe(
             from modeprobe.probe.api import probe as run
 
             report = run(model, *args, gradients=gradients, **kwargs)
-    except (typer.BadParameter, typer.Exit):
+        _write(report, form, output)
+    except typer.BadParameter as error:
+        error.exit_code = _COULD_NOT_RUN
         raise
     except Exception as error:
         typer.echo(f"modeprobe probe: {type(error).__name__}: {error}", err=True)
         raise typer.Exit(_COULD_NOT_RUN) from None
-    _write(report, form, output)
     raise typer.Exit(report.exit_code)
 
 
@@ -84,13 +98,15 @@ def _load(target: str | None, make_input: str | None, model_type: str | None) ->
     if (target is None) == (model_type is None):
         raise typer.BadParameter("give either package.module:factory or --transformers MODEL_TYPE")
     if model_type is not None:
+        if make_input is not None:
+            raise typer.BadParameter("--transformers makes its own input: leave out --input")
         from modeprobe.probe import architectures
 
         model, inputs = architectures.build(model_type)
         return model, (), inputs
     assert target is not None
     sys.path.insert(0, os.getcwd())
-    model = _call(target, "factory")
+    model = _call(target, "the factory")
     if make_input is None:
         return model, (), {}
     made = _call(make_input, "--input")
@@ -112,7 +128,7 @@ def _call(name: str, what: str) -> Any:
 
 
 def _write(report: Report, form: Format, output: Path | None) -> None:
-    if form is Format.text and output is None:
+    if form is Format.text and output is None and sys.stdout.isatty():
         from rich.console import Console
 
         Console().print(report)

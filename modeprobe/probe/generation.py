@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import linecache
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 from modeprobe.probe.call import Call
 from modeprobe.probe.leaves import clone_inputs, compare, flatten
 from modeprobe.probe.observe import SEEDS
+from modeprobe.probe.quiet import quiet
 from modeprobe.probe.randomness import seed_everything
 from modeprobe.probe.trace import Tracer
 from modeprobe.probe.workbench import Workbench
@@ -61,8 +61,7 @@ def compare_generation(
 
 
 def _generate(bench: Workbench, call: Call, mode: bool) -> tuple[dict[str, Any], Tracer]:
-    with bench.fresh() as lent, warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")
+    with bench.fresh() as lent, quiet(), torch.no_grad():
         lent.model.train(mode)
         args, kwargs = clone_inputs((call.args, dict(call.kwargs)))
         seed_everything(SEEDS[0])

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from modeprobe.probe.report import Part, Report
-from modeprobe.probe.text import HEADINGS, facts, rows
+from modeprobe.probe.text import HEADINGS, chance, facts, rows
 
 # Role: what the legend says.
 ROLES = {
@@ -64,7 +64,10 @@ def _fold(node: Node) -> None:
     for child in node.below:
         if folded and folded[-1].shape == child.shape:
             folded[-1].same += 1
-            folded[-1].name = f"{folded[-1].name.split(' to ')[0]} to {child.name}"
+            if child.name.isdigit():
+                folded[-1].name = f"{folded[-1].name.split(' to ')[0]} to {child.name}"
+            else:
+                folded[-1].name += f", {child.name}"
         else:
             folded.append(child)
     node.below = folded
@@ -90,6 +93,7 @@ def _values(report: Report, page: bool) -> dict[str, Any]:
         "headings": HEADINGS,
         "rows": rows(report),
         "facts": facts(report),
+        "chance": chance(report),
         "root": tree(report.parts),
         "legend": {role: words for role, words in ROLES.items() if role in roles},
         "roles": ROLES,

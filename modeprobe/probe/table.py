@@ -1,4 +1,4 @@
-"""A table for terminals of any width: cells fold at dots and underscores, never inside a word."""
+"""A table for terminals of any width: cells fold at dots and underscores, never inside a word or `file.py:3`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def fold(text: str, width: int) -> list[str]:
     A piece without such a place keeps its length; what stands in brackets stays with the word before.
     """
     lines = [""]
-    for piece in re.findall(r"[^._/, ]*(?: \([^)]*\)|[._/, ])?", text):
+    for piece in re.findall(r"(?:[^._/, ]|\.(?=py:))*(?: \([^)]*\)|[._/, ])?", text):
         if piece and lines[-1] and len((lines[-1] + piece).rstrip()) > width:
             lines.append("")
         lines[-1] += piece
@@ -31,9 +31,12 @@ def fit(rows: Sequence[Sequence[str]], width: int, drop: Sequence[int]) -> dict[
     """
     columns = [i for i in range(len(rows[0])) if any(row[i] for row in rows[1:])]
     wanted = {i: max(len(row[i]) for row in rows) for i in columns}
-    # A name may be folded into some lines, not into a ladder of them.
+    # A name may be folded into some lines, not into a ladder of them; a heading may.
     least = {
-        i: max(min(_NARROWEST, wanted[i]), *(len(line) for row in rows for line in fold(row[i], 1)))
+        i: max(
+            min(_NARROWEST, max(len(row[i]) for row in rows[1:])),
+            *(len(line) for row in rows for line in fold(row[i], 1)),
+        )
         for i in columns
     }
     for gone in (*drop, None):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import re
+import shutil
 import sys
 from collections.abc import Iterable
 from typing import Any
@@ -22,7 +23,8 @@ COLOURS = {
     "branch": "green",
     "opaque": "white",
 }
-_LIMIT = 40
+_LIMIT = 40  # rows
+_WIDTH = 118
 
 
 def place(file: str, line: int) -> str:
@@ -85,11 +87,21 @@ def facts(report: Report) -> list[str]:
         lines.append(f"batch norm in eval mode uses {source}: {len(norms)} ({_some(b.path for b in norms)})")
     if report.drift is not None:
         lines += [report.drift.verdict, *report.drift.signs]
-    lines += [
-        f"{f.mode} mode, {f.phase}{', with some seeds' if f.sometimes else ''}: {f.error}"
-        for f in report.failures
-    ]
+    for error in dict.fromkeys(f.error for f in report.failures):
+        raised = (f for f in report.failures if f.error == error)
+        places = (f"{f.mode} mode{', some seeds' if f.sometimes else ''}, {f.phase}" for f in raised)
+        lines.append(f"{'; '.join(places)}: {error}")
     return lines + report.notes
+
+
+def chance(report: Report) -> dict[str, str]:
+    """What each mode is: "random", "deterministic", or "raises"."""
+    raised = {failure.mode for failure in report.failures}
+    is_random = {"train": report.train_is_random, "eval": report.eval_is_random}
+    return {
+        mode: "raises" if mode in raised else "random" if random else "deterministic"
+        for mode, random in is_random.items()
+    }
 
 
 def _split(text: str) -> tuple[str, int]:
@@ -137,6 +149,7 @@ def to_rich(report: Report) -> Any:
 
 
 def _details(report: Report) -> list[Any]:
+    from rich.table import Table as Grid
     from rich.text import Text
 
     blocks: list[Any] = []
@@ -156,17 +169,20 @@ def _details(report: Report) -> list[Any]:
             blocks.append(Text(f"... and {len(found) - _LIMIT} more (to_json() has all)", style="dim"))
     lines = facts(report)
     if lines:
-        blocks.append(Text(""))
-        blocks += [Text(f"- {line}", style="dim") for line in lines]
-    chance = f"train {'random' if report.train_is_random else 'deterministic'}, eval "
-    chance += "random" if report.eval_is_random else "deterministic"
-    blocks.append(Text(f"\n{report.model}: {chance}; {report.forwards} forward passes", style="dim"))
+        listed = Grid.grid(padding=(0, 1, 0, 0))
+        for line in lines:
+            listed.add_row(Text("-", style="dim"), Text(line, style="dim"))
+        blocks += [Text(""), listed]
+    modes = ", ".join(f"{mode} {word}" for mode, word in chance(report).items())
+    blocks.append(Text(f"\n{report.model}: {modes}; {report.forwards} forward passes", style="dim"))
     return blocks
 
 
-def to_text(report: Report, width: int = 118) -> str:
+def to_text(report: Report, width: int | None = None) -> str:
+    """width: of the table and the lines below it; by default the terminal's, 118 at most."""
     from rich.console import Console
 
+    width = width or min(_WIDTH, shutil.get_terminal_size((_WIDTH, 24)).columns)
     buffer = io.StringIO()
     console = Console(file=buffer, width=width, color_system=None, force_terminal=False)
     console.print(*_details(report), sep="\n")
@@ -175,13 +191,19 @@ def to_text(report: Report, width: int = 118) -> str:
 
 def to_markdown(report: Report) -> str:
     def cell(text: str) -> str:
-        return text.replace("|", "\\|").replace("<", "&lt;")
+        return text.replace("|", "\\|").replace("<", "&lt;").replace("*", "\\*")
+
+    def code(text: str) -> str:
+        return f"`{text}`" if text else ""
+
+    def row(path: str, what: str, p: str, cause: str, where: str, effect: str) -> str:
+        return " | ".join((code(path), cell(what), p, cell(cause), code(where), effect))
 
     lines = [f"**{cell(report.verdict)}**", ""]
     found = rows(report)
     if found:
         lines += [f"| {' | '.join(HEADINGS)} |", "|---|---|--:|---|---|--:|"]
-        lines += [f"| {' | '.join(cell(c) for c in cells)} |" for _, cells in found]
+        lines += [f"| {row(*cells)} |" for _, cells in found]
         lines.append("")
     lines += [f"- {cell(line)}" for line in facts(report)]
     return "\n".join(lines).rstrip() + "\n"

@@ -31,7 +31,8 @@ def verdict(report: Report) -> str:
 
 
 def _nothing(report: Report) -> str:
-    text = f"eval() changes nothing here: none of {report.modules} modules acts on its mode"
+    none = "the module does not act" if report.modules == 1 else f"none of {report.modules} modules acts"
+    text = f"eval() changes nothing here: {none} on its mode"
     if report.eval_is_random:
         names = ", ".join(dict.fromkeys(site.what for site in report.ungated)) or "chance"
         text += f", but outputs are random in both modes ({names})"

@@ -65,8 +65,11 @@ def run(
     unknown = [name for name in only if name not in QUESTIONS]
     if unknown:
         raise ValueError(f"tour: only must name sections among {', '.join(QUESTIONS)}, got {unknown[0]!r}")
+    new = not output.exists()
     with open(output, "a"):
         pass
+    if new:
+        output.unlink()  # an interrupted tour leaves no empty page
     console = console or Console()
     tour = Tour()
     names = [name for name in QUESTIONS if not only or name in only]

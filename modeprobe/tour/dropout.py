@@ -110,8 +110,8 @@ class Result:
             f"{classic.training:.3f} and {classic.evaluation:.3f}; inverted leaves nothing to do in "
             f"evaluation. {contract} ({used}). "
             f"For {top.elements:,} elements it takes {milliseconds(seconds['modeprobe'])}, "
-            f"{faster(top.ratio)} than F.dropout ({milliseconds(seconds['F.dropout'])}), where a mere copy "
-            f"takes {milliseconds(seconds['copy'])}, on {count(self.threads, 'thread')}."
+            f"{faster(top.ratio)} than F.dropout ({milliseconds(seconds['F.dropout'])}), where "
+            f"x.clone() takes {milliseconds(seconds['copy'])}, on {count(self.threads, 'thread')}."
         )
 
 

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +10,7 @@ import torch
 from torch import nn
 
 from modeprobe.probe.api import probe
+from modeprobe.probe.quiet import quiet
 from modeprobe.tour.section import Advance, count, listed, no_progress
 
 NEEDS = {"transformers": "transformers"}
@@ -129,18 +127,6 @@ def build(name: str) -> tuple[nn.Module, dict[str, Any]]:
     model = getattr(transformers, model_class)(config)
     ids = torch.randint(3, 64, (2, 12), generator=torch.Generator().manual_seed(0))
     return model, {"input_ids": ids}
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Without transformers' remarks about settings that do not matter for a tiny random model."""
-    logger = logging.getLogger("transformers")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 def examine(name: str) -> Row:

@@ -12,7 +12,7 @@ import torch
 
 from modeprobe.info import Info
 from modeprobe.tour import batch_norm, dropout
-from modeprobe.tour.section import Missing, milliseconds, missing, percent
+from modeprobe.tour.section import Missing, count, milliseconds, missing, percent
 
 
 def render(
@@ -57,7 +57,7 @@ def render(
         works=dropout.WORKS,
         sources=batch_norm.SOURCES,
         info=info,
-        machine=f"{_processor()}, {torch.get_num_threads()} threads",
+        machine=f"{_processor()}, {count(torch.get_num_threads(), 'thread')}",
     )
 
 
