@@ -278,7 +278,7 @@ def sizes(results: Results, group: str, device: str, dtype: str) -> Any:
         for provider in shown(groups):
             marker, line = MARKERS.get(provider, "v"), "-"
             if sum(bool(provider in group and group[provider]["seconds"]) for group in groups) < len(groups):
-                line = ""  # measured at a few sizes only: a line would tell what lies between
+                line = ""  # measured at a few sizes only
             draw_line(
                 axes, groups, provider, color(provider), provider, marker=marker, markersize=5, linestyle=line
             )
@@ -324,7 +324,8 @@ def draw_line(
         return
     x = [point[0] for point in points]
     axes.plot(x, [point[2] for point in points], color=color, label=words, **options)
-    axes.fill_between(x, [p[3] for p in points], [p[1] for p in points], color=color, alpha=0.15, lw=0)
+    if options["linestyle"]:  # a band, like a line, would tell what lies between
+        axes.fill_between(x, [p[3] for p in points], [p[1] for p in points], color=color, alpha=0.15, lw=0)
 
 
 def bars(

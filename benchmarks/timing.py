@@ -138,7 +138,7 @@ class Limits:
 
 FEWEST = 3
 NOISY = 4
-SETTLED = 0.06  # width of the 95 % interval of a median ratio, in that ratio
+SETTLED = 0.06  # width of the 95% interval of a median ratio, in that ratio
 
 
 def settled(samples: Mapping[str, Sequence[float]]) -> bool:
@@ -153,7 +153,7 @@ def settled(samples: Mapping[str, Sequence[float]]) -> bool:
 
 
 def median_interval(ordered: Sequence[float]) -> tuple[float, float]:
-    """About 95 % confidence for the median, from order statistics (Conover, Practical Nonparametric
+    """About 95% confidence for the median, from order statistics (Conover, Practical Nonparametric
     Statistics, 3.2), whatever the distribution."""
     middle, reach = len(ordered) / 2, 0.98 * len(ordered) ** 0.5
     low, high = int(middle - reach), math.ceil(middle + reach)

@@ -132,7 +132,7 @@ def swap(model: nn.Module, *, fuse: bool = False, backend: str | None = None) ->
     Only exact torch types are replaced. Left as they are, each with its reason in the report: subclasses,
     parametrized, scripted and lazy modules, modules whose ``forward`` was overridden on the instance,
     and dropout inside ``nn.MultiheadAttention`` and recurrent layers. Tools that look for exact torch
-    types (torch.fx, torch.jit, quantization's ``fuse_modules``) run before the swap, or after ``restore``.
+    types (``torch.jit.script``, quantization's ``fuse_modules``) run before the swap, or after ``restore``.
 
     Args:
         model: any module; it is changed in place.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -67,6 +68,7 @@ def probe(
         raise TypeError(f"probe(): step must be callable as step(model), got {type(step).__name__}")
     if step is not None and (args or kwargs):
         raise TypeError("probe(): give either inputs or step, not both")
+    start = time.monotonic()
     call = Call(args, kwargs, step, gradients)
     with preserved(), Progress(progress) as show:
         bench = Workbench(model)
@@ -78,6 +80,7 @@ def probe(
         generation = compare_generation(bench, call, generate, show)
         report = judge(bench, seen, attributor.found, generation)
     report.forwards = call.forwards
+    report.seconds = time.monotonic() - start
     if loader is not None:
         from modeprobe.statistics import drift
 

@@ -44,7 +44,7 @@ def percent(value: float | None) -> str:
         return ""
     if value >= 1e3:
         return "large"
-    return f"{100 * value:.0f} %" if value >= 0.1 else f"{100 * value:.2g} %"
+    return f"{100 * value:.0f}%" if value >= 0.1 else f"{100 * value:.2g}%"
 
 
 def facts(report: Report) -> list[str]:
@@ -137,7 +137,7 @@ def _cells(group: list[Site]) -> tuple[str, ...]:
     return (path, site.what, p, cause, where, percent(effect))
 
 
-HEADINGS = ("module", "what", "p", "cause", "where", "effect on output")
+HEADINGS = ("module", "what", "p", "cause", "where", "effect")
 
 
 def to_rich(report: Report) -> Any:

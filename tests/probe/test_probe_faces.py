@@ -167,7 +167,20 @@ def test_text_and_markdown_put_the_verdict_first(report):
     assert "4 dropout modules" in report.verdict
     assert "*.1 (4 times)" in str(report)
     assert report.to_markdown().startswith(f"**{report.verdict}**")
-    assert "| module_dropout |" in report.to_markdown()
+    assert "| `*.1 (4 times)` | dropout | 0.5 | module_dropout |" in report.to_markdown()
+
+
+def test_text_is_no_wider_than_the_terminal(report, monkeypatch):
+    for columns, width in (("60", 60), ("200", 118)):
+        monkeypatch.setenv("COLUMNS", columns)
+        assert max(map(len, str(report).splitlines()[1:])) <= width
+
+
+def test_a_model_that_raises_is_called_neither_random_nor_deterministic():
+    broken = mp.probe(nn.Linear(3, 3), X)
+    assert "Linear: train raises, eval raises;" in str(broken)
+    assert str(broken).count("train mode, forward; eval mode, forward:") == 1
+    assert "deterministic" not in broken.to_html()
 
 
 def test_html_is_self_contained_and_well_formed(report):
@@ -192,6 +205,7 @@ def test_cells_fold_between_words():
         "dropout (2 times)",
     ]
     assert fold("unbreakable", 4) == ["unbreakable"]
+    assert fold("modeling_gpt2.py:601", 10) == ["modeling_", "gpt2.py:601"]
 
 
 @pytest.mark.parametrize("width", [118, 80, 60, 40])
@@ -261,8 +275,10 @@ def test_command_line_writes_files(workspace):
 
 
 def test_command_line_rejects_bad_arguments(workspace):
-    assert CliRunner().invoke(app, ["probe"]).exit_code == 2
-    assert CliRunner().invoke(app, ["probe", "no_colon"]).exit_code == 2
+    both = ["cli_models:plain", "--transformers", "llama"]
+    input_too = ["--transformers", "llama", "--input", "cli_models:make"]
+    for arguments in ([], ["no_colon"], ["--bogus"], ["cli_models:plain", "-f", "xml"], both, input_too):
+        assert CliRunner().invoke(app, ["probe", *arguments]).exit_code == 3
 
 
 def test_command_line_builds_transformers(single_thread):
