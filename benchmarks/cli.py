@@ -60,12 +60,16 @@ def bench(
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     budget: Annotated[
         Optional[float],  # noqa: UP045
-        typer.Option(metavar="SECONDS", help="Time for the measurements; what does not fit is left out."),
+        typer.Option(
+            min=1, metavar="SECONDS", help="Time for the measurements; what does not fit is left out."
+        ),
     ] = None,
     within: Annotated[
         Optional[float],  # noqa: UP045
         typer.Option(
-            metavar="SECONDS", help="Time for the whole run: measurements, instruction counts, charts."
+            min=1,
+            metavar="SECONDS",
+            help="Time for the whole run: measurements, instruction counts, charts.",
         ),
     ] = None,
     output: Annotated[

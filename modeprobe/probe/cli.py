@@ -75,7 +75,8 @@ def probe(
     """Measure what train() and eval() change in a model.
 
     Exit code: 0 nothing differs, 1 outputs differ, 2 suspicious (random in eval mode, ungated random calls,
-    mixed modes, state changed, generated text that depends on the mode), 3 could not be run, or wrong arguments.
+    mixed modes, state changed, generated text that depends on the mode), 3 could not be run, or wrong
+    arguments.
     """
     try:
         # Whatever the model prints must not mix with the report.

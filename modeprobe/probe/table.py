@@ -1,4 +1,4 @@
-"""A table for terminals of any width: cells fold at dots and underscores, not inside a word or `file.py:3`."""
+"""A table for terminals of any width: cells fold at dots and underscores, not inside words or `file.py:3`."""
 
 from __future__ import annotations
 
