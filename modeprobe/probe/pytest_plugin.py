@@ -1,4 +1,4 @@
-"""pytest plugin: the probe's assertions as fixtures. the probe is imported when a test asks for one."""
+"""pytest plugin: the probe's assertions as fixtures. The probe is imported when a test asks for one."""
 
 from __future__ import annotations
 
