@@ -38,6 +38,12 @@ def last_run(results: Results) -> dict[str, Any] | None:
     return max(results["runs"].values(), key=lambda run: run["date"], default=None)
 
 
+def is_older(results: Results) -> bool:
+    """Whether the last run was of kernels that have changed since."""
+    run = last_run(results)
+    return run is not None and older_kernels(run.get("commit"))
+
+
 def machine_and_software(results: Results) -> str:
     """The machine, the software and the last run in one sentence."""
     machine = results["machine"]

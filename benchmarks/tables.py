@@ -8,7 +8,7 @@ from typing import Any
 
 from .check import NO_GPU, named
 from .compare import Change
-from .provenance import heading, provenance
+from .provenance import heading, is_older, provenance
 from .results import Results
 
 LAYER_PROVIDERS = ("torch", "torch.compile", "modeprobe")
@@ -252,7 +252,10 @@ def judged(results: Results) -> list[dict[str, Any]]:
 
 
 def targets_by_machine(every: Sequence[Results]) -> Table:
-    """Every target with a column per machine; the first one's reasons below, then those of the others."""
+    """Every target with a column per machine; the first one's reasons below, then those of the others.
+
+    Reasons speak of today's kernels: other machines that have measured older ones get none.
+    """
     if len(every) == 1:
         table, *pending = target_tables(every[0])
         for more in pending:
@@ -270,7 +273,13 @@ def targets_by_machine(every: Sequence[Results]) -> Table:
         [words, bound, *(cells.get(index, "") for index in range(len(every)))]
         for (words, _, bound), cells in found.items()
     ]
-    table.notes = list(dict.fromkeys(note for one in every for note in whys(one["targets"])))
+    older = [one for one in every[1:] if is_older(one)]
+    explained = [one for one in every if one not in older]
+    table.notes = list(dict.fromkeys(note for one in explained for note in whys(one["targets"])))
+    table.notes += [
+        f"{one['machine']['name']}: measured with older kernels, whose misses are not explained here."
+        for one in older
+    ]
     return table
 
 
