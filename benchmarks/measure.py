@@ -16,7 +16,6 @@ from .registry import Candidate, Problem, Unavailable, Work
 from .timing import Clock, Contender, Limits, Spread, clock_for, race, ratio
 
 MODEPROBE = "modeprobe"
-PEERS = ("torch", "torch.compile")
 
 
 @dataclass

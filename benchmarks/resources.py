@@ -146,22 +146,6 @@ def parse_usage(text: str) -> dict[tuple[str, str], dict[str, int]]:
     return found
 
 
-def parse_ptxas(text: str) -> dict[tuple[str, str], dict[str, int]]:
-    """``ptxas -v`` output -> {(kernel, arch): registers, and bytes of stack, spill_stores, spill_loads}."""
-    found: dict[tuple[str, str], dict[str, int]] = {}
-    entry: dict[str, int] = {}
-    for line in text.splitlines():
-        if match := re.search(r"Compiling entry function '(\S+)' for '(sm_\w+)'", line):
-            entry = found.setdefault((match[1], match[2]), {})
-        elif match := re.search(
-            r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", line
-        ):
-            entry.update(stack=int(match[1]), spill_stores=int(match[2]), spill_loads=int(match[3]))
-        elif match := re.search(r"Used (\d+) registers", line):
-            entry["registers"] = int(match[1])
-    return found
-
-
 def count_f64(instructions: list[Instruction]) -> int:
     """Float64 arithmetic, comparisons and conversions in SASS."""
     doubles = ("DADD", "DMUL", "DFMA", "DSETP", "DMNMX", "DMMA")

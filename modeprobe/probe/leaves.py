@@ -125,10 +125,6 @@ class Comparison:
         return not self.differences
 
     @property
-    def roundoff_only(self) -> bool:
-        return bool(self.differences) and all(d.kind == "roundoff" for d in self.differences)
-
-    @property
     def differs(self) -> bool:
         return any(d.kind != "roundoff" for d in self.differences)
 

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 _STOP = (type, types.ModuleType, types.BuiltinFunctionType, types.CodeType, str, bytes, int, float, bool)
-_CONTAINERS = (list, dict, set, deque)
 
 
 def parts(value: Any) -> Iterator[Any]:
