@@ -109,6 +109,8 @@ class Info:
             lines.append(f"{item.name:<10} {item.device:<7} {'yes' if item.built else 'no':<6} {state}")
         return "\n".join(lines)
 
+    __repr__ = __str__  # what a prompt shows
+
 
 def info() -> Info:
     """Report versions, the CPU instructions in use, and which backends can be used here and why not others.

@@ -33,6 +33,7 @@ def test_versions_and_backends():
 def test_as_dict_is_plain_data():
     info = mp.info()
     assert json.loads(json.dumps(info.as_dict())) == info.as_dict()
+    assert repr(info) == str(info)
 
 
 @pytest.mark.skipif(not _extension.loaded(), reason="the compiled library is not built; run: pip install .")

@@ -306,6 +306,7 @@ def test_report_faces():
     model, batches = model_and_data(updates=3)
     report = drift(model, batches)
     text = str(report)
+    assert repr(report) == text
     assert text.startswith(report.verdict)
     assert "initial value" in text
     assert len(json.loads(report.to_json())["layers"][0]["shift"]) == 7

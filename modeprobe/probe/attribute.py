@@ -271,7 +271,6 @@ class _ReplayTracer(Tracer):
     def __init__(self, model: nn.Module, todo: dict[str, int], visit: Callable[..., None]) -> None:
         super().__init__(model, functions=False)
         self.todo, self.visit = todo, visit
-        self.outermost = False
 
     def on_read(self, owner: nn.Module) -> None:
         pass

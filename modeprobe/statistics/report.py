@@ -89,6 +89,8 @@ class RecalibrationReport:
         head = ["layer", "state", "values", "calls", "left out", "mean was off (std)", "log variance was off"]
         return self.verdict + ("\n\n" + table(head, rows) if rows else "")
 
+    __repr__ = __str__  # what a prompt shows
+
     def to_json(self) -> str:
         return json.dumps(plain({"verdict": self.verdict, **asdict(self)}), indent=2)
 
@@ -230,6 +232,8 @@ class DriftReport:
         if self.signs:
             parts.append("\n".join(f"* {sign}" for sign in self.signs))
         return "\n\n".join(parts)
+
+    __repr__ = __str__
 
     def _effect_text(self) -> str:
         effect = self.effect
