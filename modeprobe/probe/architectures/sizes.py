@@ -65,7 +65,9 @@ _DERIVED = frozenset(
     """out_features out_indices stage_names _out_features _out_indices attention_layers
     per_layer_config qk_head_dim""".split()  # noqa: SIM905
 )
-_FILLED = frozenset("num_key_value_heads num_experts_per_tok head_dim prediction_length vocab_size".split())  # noqa: SIM905
+_FILLED = frozenset(
+    "moe_intermediate_size num_key_value_heads num_experts_per_tok head_dim prediction_length vocab_size".split()
+)  # noqa: SIM905
 _BACKBONE = {
     "model_type": "resnet",
     "embedding_size": 8,
