@@ -30,6 +30,13 @@ def empty_output(x: Tensor) -> Tensor:
     return torch.empty_like(x) if is_dense(x) else torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
+def _laid_out(x: Tensor, value: Tensor) -> Tensor:
+    """``value`` in the dtype and, if that is dense, the strides of ``x``."""
+    y = empty_output(x).copy_(value)
+    # Dynamo of torch 2.11 loses the gradient of an output that an in-place operation returned.
+    return y.clone() if torch.compiler.is_compiling() else y
+
+
 def in_memory_order(mask_: Tensor, x: Tensor) -> Tensor:
     """A flat mask in the shape of ``x``, following its memory if it is dense."""
     return mask_.as_strided(x.shape, x.stride()) if is_dense(x) else mask_.view(x.shape)
@@ -69,7 +76,7 @@ def dropout(
     p_tensor: Tensor | None = None,
 ) -> Tensor:
     rate = _rate(p, p_tensor)
-    return empty_output(x).copy_(_drop(x, _flat_mask(x, key, rate, offset), rate, scaled))
+    return _laid_out(x, _drop(x, _flat_mask(x, key, rate, offset), rate, scaled))
 
 
 def dropout_(
@@ -99,7 +106,7 @@ def structured_dropout(
     p_tensor: Tensor | None = None,
 ) -> Tensor:
     rate = _rate(p, p_tensor)
-    return empty_output(x).copy_(_drop(x, _shared_mask(x, key, rate, shared_dims, offset), rate, scaled))
+    return _laid_out(x, _drop(x, _shared_mask(x, key, rate, shared_dims, offset), rate, scaled))
 
 
 def alpha_parameters(
@@ -129,7 +136,7 @@ def alpha_dropout(
     else:
         kept = _flat_mask(x, key, rate, offset)
     a, shift, fill = alpha_parameters(rate, x.device, acc, linear)
-    return empty_output(x).copy_(torch.where(kept, x.to(acc) * a + shift, fill))
+    return _laid_out(x, torch.where(kept, x.to(acc) * a + shift, fill))
 
 
 def bias_dropout_add(
