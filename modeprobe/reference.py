@@ -169,6 +169,9 @@ def _results(
     x: Tensor, y: Tensor, z: Tensor, mean: Tensor, variance: Tensor, eps: float, save: bool, save_bits: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     output = empty_output(x).copy_(y)
+    if torch.compiler.is_compiling():
+        # Dynamo of torch 2.11 loses the gradient of an output that an in-place operation returned.
+        output = output.clone()
     statistics = torch.stack((mean, (variance + eps).rsqrt())) if save else mean.new_empty(0)
     bits = _sign_bits(z, output) if save_bits else torch.empty(0, dtype=torch.uint8, device=x.device)
     return output, statistics, bits

@@ -185,6 +185,18 @@ def test_checkpointing_compiled_counts_a_batch_once(reentrant, inside):
     assert_same_state(ours, theirs)
 
 
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_compiled_gradients(backend):
+    torch._dynamo.reset()
+    ours, theirs = pair()
+    with mp.backend(backend):
+        x = sample(DIMENSIONS[2])
+        a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
+        torch.compile(ours, backend="aot_eager", fullgraph=True)(a).pow(3).sum().backward()
+    theirs(b).pow(3).sum().backward()
+    torch.testing.assert_close(a.grad, b.grad)
+
+
 @pytest.mark.parametrize("fill", [float("nan"), float("inf"), 3e21])
 @pytest.mark.parametrize("momentum", [0.1, None])
 def test_non_finite_batches_can_be_skipped(fill, momentum):
