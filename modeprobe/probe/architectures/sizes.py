@@ -66,8 +66,9 @@ _DERIVED = frozenset(
     per_layer_config qk_head_dim""".split()  # noqa: SIM905
 )
 _FILLED = frozenset(
-    "moe_intermediate_size num_key_value_heads num_experts_per_tok head_dim prediction_length vocab_size".split()
-)  # noqa: SIM905
+    """num_key_value_heads num_experts_per_tok moe_intermediate_size head_dim vocab_size
+    prediction_length""".split()  # noqa: SIM905
+)
 _BACKBONE = {
     "model_type": "resnet",
     "embedding_size": 8,
