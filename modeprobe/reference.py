@@ -50,6 +50,18 @@ def activate(z: Tensor, activation: int, slope: float = 0.01) -> Tensor:
     return z
 
 
+def _activation_gradient(grad: Tensor, z: Tensor, activation: int, slope: float) -> Tensor:
+    # torch's own operators: Dynamo traces no torch.autograd.grad inside an autograd function.
+    aten = torch.ops.aten
+    if activation == RELU:
+        return aten.threshold_backward(grad, z, 0)
+    if activation == LEAKY_RELU:
+        return aten.leaky_relu_backward(grad, z, slope, False)
+    if activation == SILU:
+        return aten.silu_backward(grad, z)
+    return aten.gelu_backward(grad, z, approximate="tanh" if activation == GELU_TANH else "none")
+
+
 def mean_and_variance(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of every channel of ``x`` (N, C, *), in two passes."""
     values = x.to(accumulate_dtype(x)).movedim(1, 0).flatten(1)
@@ -235,7 +247,7 @@ def batch_norm_eval(
 def grad_of_z(
     grad_output, x, statistics, weight, bias, residual, activation, slope, key, p, sign_bits
 ) -> Tensor:
-    """The gradient of z, by autograd through the epilogue."""
+    """The gradient of z, through the epilogue."""
     grad = grad_output.to(statistics.dtype)
     if key is not None:
         grad = torch.where(kept(grad_output if x is None else x, key, p), grad, 0.0)
@@ -252,10 +264,7 @@ def grad_of_z(
     z = z if weight is None else z * per_channel(weight, x)
     z = z if bias is None else z + per_channel(bias, x)
     z = z if residual is None else z + residual.to(z.dtype)
-    with torch.enable_grad():
-        leaf = z.detach().requires_grad_()
-        y = activate(leaf, activation, slope)
-    return torch.autograd.grad(y, leaf, grad)[0]
+    return _activation_gradient(grad, z, activation, slope)
 
 
 def _sums(dz: Tensor, x: Tensor, statistics: Tensor) -> Tensor:

@@ -188,9 +188,14 @@ def test_checkpointing_compiled_counts_a_batch_once(reentrant, inside):
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 def test_compiled_gradients(backend):
     torch._dynamo.reset()
-    ours, theirs = pair()
+    activations = {None: nn.Identity(), "relu": nn.ReLU(), "leaky_relu": nn.LeakyReLU(), "silu": nn.SiLU(),
+                   "gelu": nn.GELU(), "gelu_tanh": nn.GELU("tanh")}  # fmt: skip
+    ours = nn.Sequential(*(mp.nn.BatchNorm2d(5, activation=name) for name in activations)).double()
+    theirs = nn.Sequential(
+        *(nn.Sequential(nn.BatchNorm2d(5), layer) for layer in activations.values())
+    ).double()
     with mp.backend(backend):
-        x = sample(DIMENSIONS[2])
+        x = sample(DIMENSIONS[2], torch.float64)
         a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
         torch.compile(ours, backend="aot_eager", fullgraph=True)(a).pow(3).sum().backward()
     theirs(b).pow(3).sum().backward()
