@@ -192,6 +192,7 @@ def batch_norm(
             num_batches_tracked.
         RuntimeError: a parameter or buffer with another number of channels, dtype or device; no running
             buffers in evaluation.
+        IndexError: an input of fewer than two dimensions.
         NotImplementedError: an input that is not floating point.
     """
     tensors = (input, running_mean, running_var, weight, bias, residual)
@@ -215,8 +216,8 @@ def batch_norm(
             num_batches_tracked=num_batches_tracked,
             skipped_batches=skipped_batches,
         )
-    if input.dim() < 2 and input.numel() == 0:
-        # torch takes it for an empty batch without channels.
+    if input.numel() == 0 and (input.dim() < 2 or input.size(1) == 0):
+        # No channels: torch has an answer to some of these, an IndexError to others.
         return torch.nn.functional.batch_norm(input, running_mean, running_var, weight, bias, training)
     check(input, running_mean, running_var, weight, bias, training, eps)
     check_counters(input, running_mean, training, momentum, num_batches_tracked, skipped_batches)

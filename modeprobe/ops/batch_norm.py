@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from modeprobe import _extension, reference
 from modeprobe.ops import backend
@@ -49,6 +50,22 @@ class Epilogue(NamedTuple):
 PLAIN = Epilogue()
 
 
+# Operators that update buffers, with the place of the first of these four among their arguments.
+UPDATING = {"batch_norm_train": 3, "batch_norm_merge": 1}
+
+
+def once(name: str, operator: Callable[..., Any]) -> Callable[..., Any]:
+    """``operator``, which leaves its buffers alone when it runs inside a backward pass."""
+    first = UPDATING[name]
+
+    def run(*args):
+        if recomputing():
+            args = *args[:first], *[None] * 4, *args[first + 4 :]
+        return operator(*args)
+
+    return run
+
+
 if _extension.loaded():
     for _name, _fake in FAKES.items():
         torch.library.register_fake(f"modeprobe::{_name}", _fake)
@@ -56,21 +73,15 @@ if _extension.loaded():
         **{_name: getattr(torch.ops.modeprobe, _name).default for _name in FAKES}
     )
     _library = torch.library.Library("modeprobe", "FRAGMENT")
-    _library.define(
-        str(_backends["native"].batch_norm_train._schema)
-        .removeprefix("modeprobe::")
-        .replace("batch_norm_train", "batch_norm_train_once", 1),
-        tags=(torch.Tag.pt2_compliant_tag,),
-    )
-    torch.library.register_fake("modeprobe::batch_norm_train_once", FAKES["batch_norm_train"])
-
-    @torch.library.impl(_library, "batch_norm_train_once", "CompositeExplicitAutograd")
-    def _train_once(input, weight, bias, mean, var, counter, skipped, *rest):
-        if recomputing():
-            mean = var = counter = skipped = None
-        return _backends["native"].batch_norm_train(input, weight, bias, mean, var, counter, skipped, *rest)
-
-    _backends["native"].batch_norm_train_once = torch.ops.modeprobe.batch_norm_train_once.default
+    for _name in UPDATING:
+        _operator, _once = getattr(_backends["native"], _name), f"{_name}_once"
+        _library.define(
+            str(_operator._schema).removeprefix("modeprobe::").replace(_name, _once, 1),
+            tags=(torch.Tag.pt2_compliant_tag,),
+        )
+        torch.library.register_fake(f"modeprobe::{_once}", FAKES[_name])
+        _library.impl(_once, once(_name, _operator), "CompositeExplicitAutograd")
+        setattr(_backends["native"], _once, getattr(torch.ops.modeprobe, _once).default)
 
 
 def operators(name: str) -> Any:
@@ -82,13 +93,13 @@ def operators(name: str) -> Any:
     return _backends[name]
 
 
-def _train(ops: Any) -> Any:
-    """`batch_norm_train`; in a compiled graph the form that asks when it runs whether it recomputes. An
-    exported program keeps the operator that needs no Python."""
+def updating(ops: Any, name: str) -> Any:
+    """The operator ``name``, which updates buffers; in a compiled graph the form that asks when it runs
+    whether it recomputes. An exported program keeps the operator that needs no Python."""
     # Not is_exporting(): before torch 2.13 Dynamo answers that with True whenever it compiles.
     if torch.compiler.is_compiling() and not torch.compiler._is_exporting_flag:
-        return getattr(ops, "batch_norm_train_once", ops.batch_norm_train)
-    return ops.batch_norm_train
+        return getattr(ops, f"{name}_once", getattr(ops, name))
+    return getattr(ops, name)
 
 
 def _forward(ctx, x, weight, bias, residual, key, call):
@@ -100,7 +111,7 @@ def _forward(ctx, x, weight, bias, residual, key, call):
         bits, recomputes = epilogue.wants_sign_bits(), epilogue.wants_input()
     tail = (residual, activation, slope, key, p)
     if training:
-        y, statistics, sign_bits = _train(ops)(
+        y, statistics, sign_bits = updating(ops, "batch_norm_train")(
             x, weight, bias, running_mean, running_var, counter, skipped, momentum, eps, *tail, bits
         )
     else:
@@ -229,7 +240,7 @@ def _transformable(
     skipped_batches: Tensor | None,
     epilogue: Epilogue,
 ) -> Tensor:
-    """Plain torch operations, which ``torch.func`` can differentiate, map and linearise."""
+    """Plain torch operations, which ``torch.func`` and forward-mode derivatives see through."""
     if training:
         mean, variance = reference.mean_and_variance(x)
         buffers = running_mean, running_var, num_batches_tracked, skipped_batches
@@ -262,7 +273,7 @@ def batch_norm(
     epilogue: Epilogue = PLAIN,
 ) -> Tensor:
     """Batch normalisation on the backend in force; arguments are taken as checked."""
-    if torch._C._are_functorch_transforms_active() and not torch.compiler.is_compiling():
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return _transformable(
             x,
             running_mean,
@@ -304,7 +315,7 @@ def batch_norm(
         return PackedBatchNorm.apply(x, weight, bias, residual, key, call)
     ops = operators(name)
     if training:
-        return _train(ops)(
+        return updating(ops, "batch_norm_train")(
             x,
             weight,
             bias,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from modeprobe.ops.batch_norm import UPDATING, once
 from modeprobe.ops.batch_norm_fake import FAKES
 from modeprobe.ops.triton_call import prepared
 from modeprobe.triton_kernels import batch_norm as kernels
@@ -36,13 +37,13 @@ _SCHEMAS = {
 
 
 def _register(name: str) -> torch.library.CustomOpDef:
-    schema = _SCHEMAS[name]
-    mutated = _BUFFER_NAMES if "(a!)" in schema else ()
+    mutated = _BUFFER_NAMES if name in UPDATING else ()
+    launch = prepared(getattr(kernels, f"launch_{name}"), mutated)
     operator = torch.library.custom_op(
         f"modeprobe_triton::{name}",
-        prepared(getattr(kernels, f"launch_{name}"), mutated),
+        once(name, launch) if name in UPDATING else launch,
         mutates_args=mutated,
-        schema=schema,
+        schema=_SCHEMAS[name],
     )
     operator.register_fake(FAKES[name])
     return operator

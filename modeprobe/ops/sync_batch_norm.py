@@ -8,7 +8,14 @@ import torch
 from torch import Tensor
 
 from modeprobe.ops import backend
-from modeprobe.ops.batch_norm import PLAIN, Epilogue, differentiable_backward, operators, recomputing
+from modeprobe.ops.batch_norm import (
+    PLAIN,
+    Epilogue,
+    differentiable_backward,
+    operators,
+    recomputing,
+    updating,
+)
 
 
 def gather(values: Tensor, group: Any) -> Tensor:
@@ -69,7 +76,7 @@ class SyncBatchNorm(torch.autograd.Function):
         epilogue = Epilogue(residual, activation, slope, key, p)
         bits = epilogue.wants_sign_bits()
         moments = gather(ops.batch_norm_moments(x), group)
-        mean, variance, count = ops.batch_norm_merge(
+        mean, variance, count = updating(ops, "batch_norm_merge")(
             moments, running_mean, running_var, num_batches_tracked, skipped_batches, momentum
         )
         y, statistics, sign_bits = ops.batch_norm_eval(

@@ -57,6 +57,16 @@ def test_bad_module_input():
             assert ours.num_batches_tracked == 0
 
 
+@pytest.mark.parametrize("shape", [(4, 0), (0, 0), (4, 0, 5)], ids=str)
+@pytest.mark.parametrize("training", [True, False])
+def test_no_channels(shape, training):
+    x, none = torch.zeros(shape), torch.zeros(0)
+    assert MF.batch_norm(x, none, none, training=training).shape == shape
+    for function in (MF.batch_norm, F.batch_norm):
+        with pytest.raises(IndexError):
+            function(x, none, none, none, none, training)
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     n=st.integers(1, 9),
