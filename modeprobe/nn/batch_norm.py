@@ -98,6 +98,10 @@ class _BatchNorm(StatisticsPolicy, nn.modules.batchnorm._BatchNorm):
                     self._buffers[key] = (after if wide.is_meta and not after.is_meta else wide).float()
         return result
 
+    def _uses_batch(self) -> bool:
+        """Whether a forward now normalises as in training; where nothing is tracked, nothing is frozen."""
+        return self.training and (self._statistics != "frozen" or not self.track_running_stats)
+
     def _batch_norm(
         self,
         input: Tensor,
@@ -107,7 +111,7 @@ class _BatchNorm(StatisticsPolicy, nn.modules.batchnorm._BatchNorm):
     ) -> Tensor:
         """`count_all` makes of the values per channel here those in all processes."""
         policy = self._statistics
-        training = self.training and policy != "frozen"
+        training = self._uses_batch()
         update = training and self.track_running_stats
         mean, var = self.running_mean, self.running_var
         without_buffers = mean is None and var is None
@@ -236,7 +240,7 @@ class SyncBatchNorm(_BatchNorm, nn.SyncBatchNorm):
         self._check_input_dim(input)
         self._check_non_zero_input_channels(input)
         distributed = torch.distributed
-        if self.training and distributed.is_available() and distributed.is_initialized():
+        if self._uses_batch() and distributed.is_available() and distributed.is_initialized():
             group = self.process_group or distributed.group.WORLD
             if distributed.get_world_size(group) > 1:
                 return self._batch_norm(
@@ -249,28 +253,13 @@ class SyncBatchNorm(_BatchNorm, nn.SyncBatchNorm):
 
     @classmethod
     def convert_sync_batchnorm(cls, module: nn.Module, process_group: Any = None) -> nn.Module:
-        """Replace every BatchNorm layer in ``module`` by one of this class, and return the module.
+        """Make every BatchNorm layer in ``module`` one of this class, in place, and return the module.
 
-        Parameters, buffers and modeprobe's options are taken over as they are; ``module`` itself may be such
-        a layer.
+        The module objects stay, as with :func:`modeprobe.swap`, and with them parameters, buffers, hooks,
+        modeprobe's options and what was fused into the layer. ``module`` itself may be such a layer.
         """
-        result = module
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            options = {name: getattr(module, name, getattr(_BatchNorm, name)) for name in _OPTIONS}
-            result = cls(
-                module.num_features,
-                module.eps,
-                module.momentum,
-                module.affine,
-                module.track_running_stats,
-                process_group,
-                **options,
-            )
-            for key, parameter in module._parameters.items():
-                result._parameters[key] = parameter
-            for key, buffer in module._buffers.items():
-                result._buffers[key] = buffer
-            result.training = module.training
-        for name, child in module.named_children():
-            result.add_module(name, cls.convert_sync_batchnorm(child, process_group))
-        return result
+        for layer in module.modules():
+            if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+                layer.__class__ = cls
+                layer.process_group = process_group
+        return module

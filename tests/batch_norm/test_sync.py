@@ -1,5 +1,6 @@
 """Statistics shared between processes, over gloo, against one BatchNorm over the concatenated batch."""
 
+import copy
 import os
 import socket
 
@@ -75,6 +76,13 @@ def worker(rank, world, port, kinds, folder):
         pending(batches(kind)[rank])
     pending.commit()
     results["pending"] = dict(pending.state_dict())
+    frozen = mp.nn.SyncBatchNorm(3, statistics="frozen")
+    results["frozen"] = frozen(batches("uneven")[rank]), frozen.num_batches_tracked.item()
+    # Compiled, whether a forward is a recomputation is asked when the graph runs.
+    bn = mp.nn.SyncBatchNorm(3)
+    x = batches("uneven")[rank].requires_grad_()
+    checkpoint(torch.compile(bn, backend="aot_eager"), x, use_reentrant=False).pow(3).sum().backward()
+    results["compiled"] = x.grad, dict(bn.state_dict())
     for activation in (None, "gelu"):
         results["twice", activation] = twice_differentiated(
             lambda x, w, b, a=activation: mp.functional.sync_batch_norm(x, None, None, w, b, activation=a),
@@ -157,6 +165,21 @@ def test_pending_statistics_are_those_of_all_processes(results):
         torch.testing.assert_close(result["pending"], dict(one.state_dict()))
 
 
+def test_frozen_statistics_are_not_shared(results):
+    for result, x in zip(results, batches("uneven"), strict=True):
+        y, tracked = result["frozen"]
+        torch.testing.assert_close(y, nn.BatchNorm2d(3).eval()(x))
+        assert tracked == 0
+
+
+def test_checkpointing_compiled_counts_a_batch_once(results):
+    one, x = nn.BatchNorm2d(3), torch.cat(batches("uneven")).requires_grad_()
+    one(x).pow(3).sum().backward()
+    torch.testing.assert_close(torch.cat([r["compiled"][0] for r in results]), x.grad, rtol=1e-4, atol=1e-4)
+    for result in results:
+        torch.testing.assert_close(result["compiled"][1], dict(one.state_dict()))
+
+
 def test_broadcast_buffers(results):
     assert [r["ddp"] for r in results] == [2, 2]
 
@@ -191,6 +214,23 @@ def test_conversion():
     assert model[2].weight is None
     by_torch = nn.SyncBatchNorm.convert_sync_batchnorm(nn.Sequential(mp.nn.BatchNorm2d(4)))
     assert type(by_torch[0]) is nn.SyncBatchNorm
+
+
+def test_conversion_keeps_what_was_fused():
+    model = nn.Sequential(nn.BatchNorm1d(4, momentum=None), nn.GELU(), nn.Dropout(1.0))
+    apart = copy.deepcopy(model)
+    mp.swap(model, fuse=True)
+    mp.set_statistics(model, "cumulative")
+    mp.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    assert type(model[0]) is mp.nn.SyncBatchNorm
+    assert model[0].statistics == "cumulative"
+    x = torch.randn(6, 4)
+    assert not model(x).any()
+    apart(x)
+    torch.testing.assert_close(model.eval()(x), apart.eval()(x))
+    assert mp.restore(model) == 3
+    assert [type(module) for module in model] == [nn.SyncBatchNorm, nn.GELU, nn.Dropout]
+    torch.testing.assert_close(model(x), apart(x))
 
 
 def test_moments_count_exactly():
