@@ -21,12 +21,12 @@ def probability(p: float | Tensor, device: torch.device, who: str) -> tuple[floa
             )
         return 0.0, p.detach().reshape(()).to(device, torch.float64)
     try:
-        inside = 0.0 <= p <= 1.0
-    except TypeError:
+        value = float(p) if 0.0 <= p <= 1.0 else None
+    except (TypeError, ValueError):
         raise TypeError(f"{who}: p must be a float or a tensor, got {type(p).__name__}") from None
-    if not inside:
+    if value is None:
         raise ValueError(f"{who}: p must be in [0, 1], got {p}")
-    return float(p), None
+    return value, None
 
 
 def signed_offset(offset: int, who: str) -> int:

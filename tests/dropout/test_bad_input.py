@@ -3,6 +3,7 @@
 import subprocess
 import sys
 
+import numpy
 import pytest
 import torch
 
@@ -22,6 +23,8 @@ CASES = {
     "p nan": (lambda: F.dropout(X, NAN), ValueError, r"p must be in \[0, 1\], got nan"),
     "p checked in evaluation": (lambda: F.dropout(X, 2.0, training=False), ValueError, r"got 2.0"),
     "p text": (lambda: F.dropout(X, "0.5"), TypeError, "p must be a float or a tensor, got str"),
+    "p array": (lambda: F.dropout(X, numpy.array([0.3, 0.4])), TypeError, "p must be .* got ndarray"),
+    "p huge": (lambda: F.dropout(X, 10**400), ValueError, "p must be in"),
     "p of many": (
         lambda: F.dropout(X, torch.rand(2)),
         ValueError,
