@@ -174,6 +174,30 @@ def test_shards_get_their_slice():
     assert torch.equal(torch.cat(shards), y)
 
 
+BATCHES = {  # the function, the shape of an example, how many places of the mask an example takes
+    "dropout1d": (F.dropout1d, (4, 5), 4),
+    "dropout2d": (F.dropout2d, (4, 3, 5), 4),
+    "dropout3d": (F.dropout3d, (4, 3, 2, 2), 4),
+    "drop_path": (F.drop_path, (4, 5), 1),
+    "alpha_dropout": (lambda x, p, **place: F.alpha_dropout(x, p, True, **place), (4, 5), 20),
+    "feature_alpha_dropout": (lambda x, p, **place: F.feature_alpha_dropout(x, p, True, **place), (4, 5), 4),
+    "bias_dropout_add": (lambda x, p, **place: F.bias_dropout_add(x, None, x, p, **place), (4, 5), 20),
+    "softmax_dropout": (F.softmax_dropout, (4, 5), 20),
+}
+
+
+@pytest.mark.parametrize("name", BATCHES)
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_shards_of_a_batch(name, backend):
+    function, shape, places = BATCHES[name]
+    key, whole = mask.key(3, 1), torch.randn(40, *shape)
+    with mp.backend(backend):
+        y = function(whole, 0.5, key=key)
+        parts = [function(whole[b:e], 0.5, key=key, offset=b * places) for b, e in ((0, 7), (7, 8), (8, 40))]
+        assert torch.equal(torch.cat(parts), y)
+        assert not torch.equal(function(whole[8:], 0.5, key=key), y[8:])
+
+
 def test_masks_are_nested():
     key, previous = mask.key(11), torch.ones(1 << 16, dtype=torch.bool)
     for p in (0.0, 1e-3, 0.1, 0.1 + 2**-20, 0.5, 0.9, 1.0):
