@@ -18,6 +18,14 @@ def _key(key: Tensor | None, p: float, p_tensor: Tensor | None, device: torch.de
     return key_for(key, device, who)
 
 
+def _autocast(a: Tensor, b: Tensor | None) -> bool:
+    """Whether autocast is there to reconcile two floating point dtypes."""
+    if b is None or a.dtype == b.dtype or a.dtype not in ops.DTYPES or b.dtype not in ops.DTYPES:
+        return False
+    kind = a.device.type
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+
+
 def bias_dropout_add(
     input: Tensor,
     bias: Tensor | None,
@@ -36,13 +44,14 @@ def bias_dropout_add(
     Args:
         input: float16, bfloat16, float32 or float64, shape (*, C). Positions in the mask count row-major.
         bias: shape (C,), the input's dtype; or None.
-        residual: the input's shape and dtype.
+        residual: the input's shape and dtype. Under autocast the three dtypes may differ, and are promoted as
+            ``residual + (input + bias)`` promotes them.
         p: drop probability, as in :func:`modeprobe.functional.dropout`.
         training: False drops nothing.
         key, offset: as in :func:`modeprobe.functional.dropout`.
 
     Returns:
-        The input's shape and dtype, contiguous.
+        The input's shape and (promoted) dtype, contiguous.
 
     Raises:
         ValueError, TypeError: an argument is not as above.
@@ -58,6 +67,12 @@ def bias_dropout_add(
     if not training:
         p, p_tensor = 0.0, None
     check_data(input, who)
+    if _autocast(input, bias) or _autocast(input, residual):
+        dtype = torch.promote_types(input.dtype, residual.dtype)
+        if bias is not None:
+            dtype = torch.promote_types(dtype, bias.dtype)
+            bias = bias.to(dtype)
+        input, residual = input.to(dtype), residual.to(dtype)
     for name, tensor, shape in (("bias", bias, input.shape[-1:]), ("residual", residual, input.shape)):
         if tensor is not None and (
             tensor.shape != shape or tensor.dtype != input.dtype or tensor.device != input.device
@@ -92,8 +107,9 @@ def softmax_dropout(
             row-major.
         p: drop probability, as in :func:`modeprobe.functional.dropout`.
         mask: which scores take part, as in :func:`torch.nn.functional.scaled_dot_product_attention`: a bool
-            tensor that is True for those that do, or a tensor of the scores' dtype that is added to them. It
-            broadcasts to the scores' shape. A row in which nothing takes part gives zeros.
+            tensor that is True for those that do, or a tensor of the scores' dtype that is added to them;
+            under autocast it is converted to that dtype, as there. It broadcasts to the scores' shape. A row
+            in which nothing takes part gives zeros.
         training: False drops nothing.
         key, offset: as in :func:`modeprobe.functional.dropout`.
 
@@ -117,6 +133,8 @@ def softmax_dropout(
     if scores.dim() == 0:
         raise ValueError(f"{who}: scores must have at least one dimension, got shape ()")
     if mask is not None:
+        if _autocast(scores, mask):
+            mask = mask.to(scores.dtype)
         if mask.dtype not in (torch.bool, scores.dtype) or mask.device != scores.device:
             raise ValueError(
                 f"{who}: mask must be torch.bool or {scores.dtype} on {scores.device}, "

@@ -247,6 +247,26 @@ def test_autocast_leaves_the_dtype_alone():
         assert F.bias_dropout_add(x, x[0], x, 0.5).dtype == torch.bfloat16
 
 
+def test_autocast_mixes_dtypes_as_torch_does():
+    x, bias, residual = torch.randn(4, 6), torch.randn(6), torch.randn(4, 6)
+    short, added = x.bfloat16(), torch.randn(4, 6)
+    with pytest.raises(ValueError, match=r"bias must be .*bfloat16 of"):
+        F.bias_dropout_add(short, bias, residual)
+    with pytest.raises(ValueError, match=r"mask must be .*bfloat16 on"):
+        F.softmax_dropout(short, 0.5, added)
+    with torch.autocast("cpu", torch.bfloat16):
+        for a, b, c in ((short, bias, residual), (short, None, residual), (x, bias, short)):
+            plain = c + (a if b is None else a + b)
+            ours = F.bias_dropout_add(a, b, c, training=False)
+            assert ours.dtype == plain.dtype == torch.float32
+            torch.testing.assert_close(ours, plain)
+        bias.requires_grad_()
+        F.bias_dropout_add(short, bias, residual, 0.5, key=KEY).sum().backward()
+        assert torch.equal(bias.grad, 2.0 * F.dropout_mask((4, 6), 0.5, KEY).sum(0))
+        ours = F.softmax_dropout(short, 0.5, added, key=KEY)
+    assert torch.equal(ours, F.softmax_dropout(short, 0.5, added.bfloat16(), key=KEY))
+
+
 def test_tensor_subclasses_are_asked():
     class Named(torch.Tensor):
         called = None
