@@ -5,12 +5,14 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import Tensor
+from torch.compiler import is_compiling
 from torch.fx import Proxy
 
-from modeprobe.ops.backend import backend
+from modeprobe.ops.backend import backend, own_backend
 
 
 def on_own_backend(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -26,7 +28,7 @@ def on_own_backend(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
             return _as_leaf(self, input)
         if self.backend is None:
             return forward(self, input)
-        with backend(self.backend):
+        with _own(self.backend):
             return forward(self, input)
 
     def run_with_residual(self: Any, input: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -34,11 +36,16 @@ def on_own_backend(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
             return _as_leaf(self, input, *(() if residual is None else (residual,)))
         if self.backend is None:
             return forward(self, input, residual)
-        with backend(self.backend):
+        with _own(self.backend):
             return forward(self, input, residual)
 
     takes_residual = "residual" in inspect.signature(forward).parameters
     return functools.wraps(forward)(run_with_residual if takes_residual else run)
+
+
+def _own(name: str) -> AbstractContextManager[None]:
+    """Dynamo, which traces in one thread at a time, guards on the choice of the process."""
+    return backend(name) if is_compiling() else own_backend(name)
 
 
 def _as_leaf(module: Any, *args: Any) -> Any:

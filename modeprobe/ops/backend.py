@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -14,6 +15,13 @@ from modeprobe import _extension
 BACKENDS = ("auto", "native", "triton", "reference")
 
 _selected = "auto"
+
+
+class _Own(threading.local):
+    name: str | None = None
+
+
+_own = _Own()
 
 
 @contextmanager
@@ -43,6 +51,16 @@ def backend(name: str) -> Iterator[None]:
         yield
     finally:
         _selected = previous
+
+
+@contextmanager
+def own_backend(name: str) -> Iterator[None]:
+    """:func:`backend` for this thread alone: nn.DataParallel runs the layers of its replicas at once."""
+    previous, _own.name = _own.name, name
+    try:
+        yield
+    finally:
+        _own.name = previous
 
 
 @functools.cache
@@ -102,7 +120,7 @@ def resolve(device_type: str) -> str:
     if torch.compiler.is_compiling():
         # Dynamo guards on `_selected`, read here, and need not look into the rest.
         return _resolve(_selected, device_type)
-    automatic = _automatic(device_type)
-    if _selected == "auto" or _selected == automatic:
+    automatic, selected = _automatic(device_type), _own.name or _selected
+    if selected == "auto" or selected == automatic:
         return automatic  # asking why not costs a tensor of 64 elements a quarter of its call
-    return _resolve(_selected, device_type)
+    return _resolve(selected, device_type)

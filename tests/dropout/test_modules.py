@@ -4,12 +4,15 @@ import copy
 import inspect
 import io
 import pickle
+import threading
 import warnings
 
 import pytest
 import torch
 
 import modeprobe as mp
+from modeprobe.nn._backend import on_own_backend
+from modeprobe.ops import backend
 
 pytestmark = pytest.mark.rung("reference")
 
@@ -103,6 +106,32 @@ def test_copies(pair):
     ):
         assert type(twin) is type(module)
         assert repr(twin) == repr(module)
+
+
+def test_own_backends_in_threads():
+    """As in nn.DataParallel: a layer's choice is seen by no other, and is gone when all have ended."""
+    inside, seen = threading.Barrier(2, timeout=60), {}
+
+    class Layer(torch.nn.Module):
+        def __init__(self, name):
+            super().__init__()
+            self.backend = name
+
+        @on_own_backend
+        def forward(self, input):
+            inside.wait()
+            seen[self.backend] = backend.resolve("cpu")
+            inside.wait()
+            return input
+
+    before = backend.resolve("cpu")
+    threads = [threading.Thread(target=Layer(name), args=(None,)) for name in ("auto", "reference")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert seen == {"auto": before, "reference": "reference"}
+    assert backend.resolve("cpu") == before
 
 
 def test_classic_scaling():
