@@ -239,16 +239,28 @@ class DropoutInplace(Function):
     backward = Masked.backward
 
 
+def _may_be_refused(x: Tensor) -> bool:
+    """Whether writing into ``x`` may be forbidden, or takes more than its memory: ``copy_`` knows.
+
+    Autograd would refuse a leaf or a view after the operator has written into it, an inference tensor never;
+    torch's fallback for a negated view takes no operator that returns nothing.
+    """
+    if x.is_neg() or (x.is_inference() and not torch.is_inference_mode_enabled()):
+        return True
+    return x.requires_grad and torch.is_grad_enabled() and (x.is_leaf or x._is_view())
+
+
 def masked_(
     x: Tensor, key: Tensor, p_tensor: Tensor | None, p: float, rest: tuple, operator: str, name: str
 ) -> Tensor:
     """:func:`masked` written into ``x``."""
-    if operator != "dropout" or transforming():
+    compiling = torch.compiler.is_compiling()
+    if operator != "dropout" or transforming() or (not compiling and _may_be_refused(x)):
         return x.copy_(masked(x, key, p_tensor, p, rest, operator, name))
     if x.requires_grad and torch.is_grad_enabled():
         return DropoutInplace.apply(x, key, p_tensor, p, rest, "dropout", name)
     operators(name).dropout_(x, key, p, *rest, p_tensor)
-    if name == "native" and not torch.compiler.is_compiling() and not x.is_inference():
+    if name == "native" and not compiling and not x.is_inference():
         torch.autograd.graph.increment_version(x)  # operators of a C++ library do not
     return x
 

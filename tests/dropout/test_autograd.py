@@ -199,8 +199,6 @@ def test_forward_mode_of_a_plain_tensor():
 
 def test_in_place_rules_of_autograd():
     leaf = torch.randn(5, requires_grad=True)
-    with pytest.raises(RuntimeError, match="leaf Variable"):
-        F.dropout(leaf, 0.5, inplace=True)
     x = leaf * 1
     squared = x.square()
     F.dropout(x, 0.5, inplace=True)
@@ -211,4 +209,38 @@ def test_in_place_rules_of_autograd():
     F.dropout(plain, 0.5, inplace=True)
     assert plain._version == version + 1
     with torch.inference_mode():
-        F.dropout(torch.randn(5), 0.5, inplace=True)
+        inference = F.dropout(torch.randn(5), 0.5, inplace=True)
+    with pytest.raises(RuntimeError, match="outside InferenceMode"):
+        F.dropout(inference, 0.5, inplace=True)
+
+
+def refused():
+    leaf, cut = torch.ones(20, requires_grad=True), torch.ones(20, requires_grad=True)
+    yield "leaf", leaf, leaf
+    yield "view of a leaf", cut, cut[:10]
+    several = torch.ones(2, 10, requires_grad=True) * 1
+    yield "one of several views", several, several.unbind()[0]
+
+
+@pytest.mark.parametrize(("kind", "whole", "part"), list(refused()), ids=[kind for kind, *_ in refused()])
+def test_what_may_not_be_written_stays_as_it_was(kind, whole, part):
+    """Torch's rules, asked before anything is written."""
+    with pytest.raises(RuntimeError):
+        torch.nn.functional.dropout(part, 0.5, inplace=True)
+    with pytest.raises(RuntimeError, match=r"in-?place"):
+        F.dropout(part, 0.5, inplace=True)
+    assert torch.equal(whole, torch.ones_like(whole)), kind
+
+
+def test_in_place_on_views():
+    """The gradient of what a view is cut from, and numbers whose sign is only marked as turned."""
+    x, slope = torch.randn(6, 8, requires_grad=True), torch.ones(6, 8)
+    y = x * 1
+    F.dropout(y[:, 1:4], 0.5, inplace=True, key=KEY)
+    slope[:, 1:4] = F.dropout(torch.ones(6, 3), 0.5, key=KEY)
+    assert torch.equal(torch.autograd.grad(y.sum(), x)[0], slope)
+    pairs = torch.randn(6, 8, 2)
+    turned, expected = torch.view_as_complex(pairs).conj().imag, F.dropout(-pairs[..., 1], 0.5, key=KEY)
+    F.dropout(turned, 0.5, inplace=True, key=KEY)
+    assert torch.equal(turned, expected)
+    assert torch.equal(pairs[..., 1], -expected)
