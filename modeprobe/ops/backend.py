@@ -22,6 +22,7 @@ class _Own(threading.local):
 
 
 _own = _Own()
+_owned = False  # whether any layer has ever chosen: asking the thread is felt by a tensor of 16 elements
 
 
 @contextmanager
@@ -56,6 +57,8 @@ def backend(name: str) -> Iterator[None]:
 @contextmanager
 def own_backend(name: str) -> Iterator[None]:
     """:func:`backend` for this thread alone: nn.DataParallel runs the layers of its replicas at once."""
+    global _owned
+    _owned = True
     previous, _own.name = _own.name, name
     try:
         yield
@@ -120,7 +123,8 @@ def resolve(device_type: str) -> str:
     if torch.compiler.is_compiling():
         # Dynamo guards on `_selected`, read here, and need not look into the rest.
         return _resolve(_selected, device_type)
-    automatic, selected = _automatic(device_type), _own.name or _selected
+    automatic = _automatic(device_type)
+    selected = (_own.name or _selected) if _owned else _selected
     if selected == "auto" or selected == automatic:
         return automatic  # asking why not costs a tensor of 64 elements a quarter of its call
     return _resolve(selected, device_type)

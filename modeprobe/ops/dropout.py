@@ -215,7 +215,7 @@ def fresh_dropout(x: Tensor, p: float) -> Tensor | None:
     """
     if (
         not ((x.is_cpu and _on_cpu) or (x.is_cuda and _on_cuda))
-        or (backend._own.name or backend._selected) not in ("auto", "native")
+        or ((backend._owned and backend._own.name) or backend._selected) not in ("auto", "native")
         or forward_ad._current_level >= 0
         or _transforms_active()
     ):
