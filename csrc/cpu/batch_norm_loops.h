@@ -30,7 +30,7 @@ INLINE int64_t head_of(int64_t begin, bool on_bytes, bool on_lines) {
   return on_lines ? -begin & (kLine - 1) : on_bytes ? -begin & 7 : 0;
 }
 
-// Calls column(row, rows, j, lanes) for sixteen columns of a block of rows at a time, so that their
+// Calls column(at, rows, j, lanes) for sixteen columns of a block of rows at a time, so that their
 // operands stay in registers. Rows of which not all may start a full step go one by one.
 template <class T, class Column>
 INLINE void for_columns(Rows t, bool on_bytes, bool on_lines, const Column& column) {

@@ -42,6 +42,7 @@ Geometry geometry_of(const Tensor& input) {
   int64_t *sizes, *strides;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(input.get(), &sizes));
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(input.get(), &strides));
+  STD_TORCH_CHECK(sizes[1] > 0, "batch_norm: input must have channels, got size 0 in dimension 1");
   g.sizes.assign(sizes, sizes + dims);
   g.view = {sizes[0], sizes[1], 1, false};
   for (int64_t d = 2; d < dims; ++d) g.view.inner *= sizes[d];
