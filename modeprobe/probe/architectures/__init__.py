@@ -131,7 +131,12 @@ def _quiet() -> Iterator[None]:
 
 def _models(config: Any, seed: int) -> Iterator[nn.Module | Exception]:
     """Models at growing sizes, of each class that takes the configuration, or why there is none."""
-    for values in _sizes.candidates(config.to_dict()):
+    original = config.to_dict()
+    too_large = False
+    for values in _sizes.candidates(original):
+        if values is original and too_large:
+            return  # its shallow form was
+        too_large = False
         try:
             small = type(config).from_dict(values)
             makers = list(_constructors(small))
@@ -142,6 +147,7 @@ def _models(config: Any, seed: int) -> Iterator[nn.Module | Exception]:
             made = _made(make, small, seed)
             yield made
             if isinstance(made, _TooLargeError):
+                too_large = True
                 break
         if not makers:
             yield ArchitectureError(f"no model class for {type(config).__name__}")

@@ -53,6 +53,7 @@ class InputMaker:
         """With the inputs, the placeholders in the text, or the sizes that the failure says are missing."""
         yield from self._with_placeholders(inputs, failure)
         yield from _with_expected_sizes(inputs, failure)
+        yield from _with_codebooks(inputs, failure)
         named = [name for name in _NAMED.findall(failure) if name in self.parameters and name not in inputs]
         if named:
             yield {**inputs, **{name: self.documented_tensor(name) for name in named}}
@@ -119,6 +120,8 @@ class InputMaker:
         for grid in ("image_grid_thw", "grid_thw"):
             if grid in parameters:
                 yield {**text, **self._patches(grid)}
+        if "spatial_shapes" in parameters:
+            yield {**text, **self._padded_patches()}
         for name, shapes in media.items():
             for shape in shapes:
                 values = {name: self.normal(*shape)}
@@ -147,6 +150,17 @@ class InputMaker:
             grid: torch.tensor([[1, side, side]] * BATCH),
         }
 
+    def _padded_patches(self) -> Inputs:
+        """Pictures as rows of flattened patches, a row each, and their shapes in patches."""
+        patch = self.size("patch_size", 16)
+        grid = self.documented_tensor("spatial_shapes")
+        count = int(grid[0].prod())
+        return {
+            "pixel_values": self.normal(BATCH, count, self.size("num_channels", 3) * patch**2),
+            "pixel_attention_mask": torch.ones(BATCH, count, dtype=torch.long),
+            "spatial_shapes": grid,
+        }
+
     def _masks(self, name: str, shape: tuple[int, ...]) -> Iterator[Inputs]:
         """All ones over the time of a sound, whichever dimension that is."""
         if name.startswith("pixel"):
@@ -169,7 +183,8 @@ class InputMaker:
             "input_values": [(BATCH, 4000), (BATCH, 1, 4000), (BATCH, audio, self.size("num_mel_bins", 128))],
             "input_features": [
                 (BATCH, bins, AUDIO_LENGTH), (BATCH, AUDIO_LENGTH, bins), (BATCH, bins, 3000),
-                (BATCH, AUDIO_LENGTH, self.size("feature_size", 80)), (BATCH, 1, 1001, 64),
+                (BATCH, AUDIO_LENGTH, self.size("feature_size", 80)), (BATCH, AUDIO_LENGTH, 128),
+                (BATCH, 1, 1001, 64),
             ],
         }  # fmt: skip
 
@@ -215,6 +230,9 @@ class InputMaker:
         sizes = [self._dimension(part, name) for part in shape] or self._guessed_shape(name)
         if "mask" in name:
             return torch.ones(sizes, dtype=torch.bool if "Bool" in kind else torch.long)
+        if name in ("spatial_shapes", "target_sizes", "image_sizes"):
+            unit = 1 if name == "image_sizes" else self.size("patch_size", 1)
+            return torch.tensor([[side // unit for side in self.image_sides()]] * BATCH)
         if "token_type" in name:
             return torch.zeros(sizes, dtype=torch.long)
         if name == "position_ids":
@@ -248,7 +266,7 @@ class InputMaker:
 
 
 _SIZES_EXPECTED = (
-    # got, expected: by a linear layer, a normalisation, a convolution, a sum
+    # got, expected: by a linear layer, a normalisation, a convolution, a sum (either way round)
     (re.compile(r"cannot be multiplied \(\d+x(?P<got>\d+) and (?P<expected>\d+)x\d+\)"), -1),
     (re.compile(r"normalized_shape=\[(?P<expected>\d+)\].*got input of size\[.*?(?P<got>\d+)\]"), -1),
     (re.compile(r"to have (?P<expected>\d+) channels, but got (?P<got>\d+) channels"), 1),
@@ -258,17 +276,36 @@ _SIZES_EXPECTED = (
         ),
         2,
     ),
+    (
+        re.compile(
+            r"tensor a \((?P<expected>\d+)\) must match .* tensor b \((?P<got>\d+)\) at .*dimension 2"
+        ),
+        2,
+    ),
 )
+_CODEBOOKS = re.compile(r"shape '\[-1, (\d+), (\d+)\]' is invalid")
 
 
 def _with_expected_sizes(inputs: Inputs, failure: str) -> Iterator[Inputs]:
-    """With the one floating point input that has the size complained of at the size asked for."""
+    """With a floating point input of the size complained of, or two more, at the size asked for."""
     for pattern, dimension in _SIZES_EXPECTED:
         found = pattern.search(failure)
         if found is None:
             continue
+        got, expected = int(found["got"]), int(found["expected"])
         for name, value in inputs.items():
             shape = list(value.shape) if isinstance(value, torch.Tensor) and value.is_floating_point() else []
-            if len(shape) > max(dimension, 1) and shape[dimension] == int(found["got"]):
-                shape[dimension] = int(found["expected"])
+            # Two more in the last dimension: positions that the model takes off first.
+            if len(shape) > max(dimension, 1) and shape[dimension] - got in (0, 2 if dimension == -1 else 0):
+                shape[dimension] += expected - got
                 yield {**inputs, name: torch.randn(shape, generator=torch.Generator().manual_seed(1))}
+
+
+def _with_codebooks(inputs: Inputs, failure: str) -> Iterator[Inputs]:
+    """With a row of tokens for each codebook."""
+    found = _CODEBOOKS.search(failure)
+    if found is None:
+        return
+    for name, value in inputs.items():
+        if name.endswith("input_ids") and value.shape == (BATCH, int(found[2])):
+            yield {**inputs, name: value.repeat_interleave(int(found[1]), dim=0)}

@@ -10,7 +10,7 @@ from typing import Any
 DEPTH = 2
 
 # Widths are multiples of the head counts.
-_HIDDEN = """hidden_size attention_hidden_size d_model n_embd dim encoder_hidden_size word_embed_proj_dim
+_HIDDEN = """hidden_size d_model n_embd dim encoder_hidden_size word_embed_proj_dim
 projection_dim embedding_size emb_dim d_inner decoder_hidden_size out_hidden_size text_hidden_size""".split()  # noqa: SIM905
 _INNER = """intermediate_size ffn_dim d_ff hidden_dim encoder_ffn_dim decoder_ffn_dim ffn_hidden_size n_inner
 encoder_intermediate_size decoder_intermediate_size moe_intermediate_size mlp_dim
@@ -25,6 +25,8 @@ _NARROW = {
     **dict.fromkeys(_HEADS, 4),
     "num_key_value_heads": 2,
     "head_dim": 8,
+    "attention_hidden_size": 64,
+    "attention_head_dim": 16,
     "d_kv": 8,
     "embed_dim": 16,
     "num_conv_pos_embeddings": 16,
