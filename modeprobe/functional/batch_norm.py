@@ -62,6 +62,9 @@ def check(
         if tensor.device != device:
             raise RuntimeError(f"{name} must be on the input's device, {device}, got {tensor.device}")
     if (running_mean is None) is not (running_var is None):
+        if not training:
+            missing = "running_mean" if running_mean is None else "running_var"
+            raise RuntimeError(f"{missing} must be defined in evaluation mode")
         raise ValueError("running_mean and running_var must either both be None or neither be None")
     if training:
         values = shape[0]
@@ -216,6 +219,8 @@ def batch_norm(
             num_batches_tracked=num_batches_tracked,
             skipped_batches=skipped_batches,
         )
+    if not isinstance(input, Tensor):
+        raise TypeError(f"batch_norm(): argument 'input' must be Tensor, not {type(input).__name__}")
     if input.numel() == 0 and (input.dim() < 2 or input.size(1) == 0):
         # No channels: torch has an answer to some of these, an IndexError to others.
         return torch.nn.functional.batch_norm(input, running_mean, running_var, weight, bias, training)

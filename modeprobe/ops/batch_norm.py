@@ -123,13 +123,19 @@ def _forward(ctx, x, weight, bias, residual, key, call):
         x if training or recomputes or need[1] or need[2] else None,
         statistics,
         weight,
-        bias,
+        bias if recomputes else None,
         residual if recomputes else None,
         key,
         sign_bits if bits else None,
     )
+    ctx.bias_dtype = None if bias is None else bias.dtype
     ctx.arguments = training, eps, activation, slope, p, name
     return y
+
+
+def bias_of(ctx, saved: Tensor | None, statistics: Tensor) -> Tensor | None:
+    """The saved bias, or what has its shape and dtype: its values count only where z is recomputed."""
+    return statistics[0].to(ctx.bias_dtype) if saved is None and ctx.bias_dtype is not None else saved
 
 
 def _backward(ctx, grad):
@@ -137,6 +143,7 @@ def _backward(ctx, grad):
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         return differentiable_backward(ctx, ctx.saved_tensors, reference.mean_and_variance, grad)
     x, statistics, weight, bias, residual, key, sign_bits = ctx.saved_tensors
+    bias = bias_of(ctx, bias, statistics)
     training, _, activation, slope, p, name = ctx.arguments
     need_x, need_weight, need_bias, need_residual = ctx.needs_input_grad[:4]
     plain = activation == reference.NONE and key is None
@@ -195,6 +202,8 @@ def differentiable_backward(
     """The gradients as differentiable functions of the saved tensors, for double backward; in training
     `moments` gives mean and biased variance of x."""
     x, statistics, weight, bias, residual, key, sign_bits = saved
+    if bias is None and ctx.bias_dtype is not None:
+        bias = statistics[0].detach().to(ctx.bias_dtype).requires_grad_()
     training, eps, activation, slope, p, _ = ctx.arguments
     need = ctx.needs_input_grad[:4]
     dz, linear = grad, activation == reference.NONE or sign_bits is not None

@@ -11,6 +11,7 @@ from modeprobe.ops import backend
 from modeprobe.ops.batch_norm import (
     PLAIN,
     Epilogue,
+    bias_of,
     differentiable_backward,
     operators,
     recomputing,
@@ -86,12 +87,13 @@ class SyncBatchNorm(torch.autograd.Function):
             x,
             statistics,
             weight,
-            bias,
+            bias if epilogue.wants_input() else None,
             residual if epilogue.wants_input() else None,
             key,
             sign_bits if bits else None,
             count,
         )
+        ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.arguments = True, eps, activation, slope, p, name
         ctx.group = group
         return y
@@ -108,6 +110,7 @@ class SyncBatchNorm(torch.autograd.Function):
                 return _shared_moments(x, statistics[0], count, group)
 
             return *differentiable_backward(ctx, tuple(saved), moments, grad), *[None] * 12
+        bias = bias_of(ctx, bias, statistics)
         need_x, need_weight, need_bias, need_residual = ctx.needs_input_grad[:4]
         ops = operators(name)
         tail = (residual, activation, slope, key, p, sign_bits)

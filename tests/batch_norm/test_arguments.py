@@ -29,6 +29,8 @@ ONES = torch.ones(3)
         (RuntimeError, "running_mean must be on the input's device", (X, ONES.to("meta"), ONES)),
         (ValueError, "both be None or neither", (X, ONES, None, None, None, True)),
         (RuntimeError, "must be defined in evaluation mode", (X, None, None)),
+        (RuntimeError, "running_var must be defined in evaluation mode", (X, ONES, None)),
+        (TypeError, "argument 'input' must be Tensor, not list", ([1.0], ONES, ONES)),
         (ValueError, "eps must be positive", (X, None, None, None, None, True, 0.1, 0.0)),
         (ValueError, "eps must be non-negative", (X, ONES, ONES, None, None, False, 0.1, -1.0)),
         (ValueError, "Expected more than 1 value", (X[:1, :, :1], None, None, None, None, True)),

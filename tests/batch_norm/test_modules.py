@@ -96,16 +96,19 @@ def test_no_grad_still_updates():
     assert ours.num_batches_tracked == 1
 
 
-def test_twice_before_backward_and_buffers_changed_between():
+def test_twice_before_backward_and_buffers_and_bias_changed_between():
     ours, _ = pair()
     a, b = sample(DIMENSIONS[2], seed=1).requires_grad_(), sample(DIMENSIONS[2], seed=2).requires_grad_()
     first, second = ours(a), ours(b)
     ours.running_mean.copy_(torch.ones(5))
     ours.running_var.zero_()
+    with torch.no_grad():
+        before = ours.bias.clone()
+        ours.bias.add_(1)
     (first.square().sum() + second.pow(3).sum()).backward()
     for x, power in ((a, 2), (b, 3)):
         y = x.detach().clone().requires_grad_()
-        F.batch_norm(y, None, None, ours.weight, ours.bias, True).pow(power).sum().backward()
+        F.batch_norm(y, None, None, ours.weight, before, True).pow(power).sum().backward()
         torch.testing.assert_close(x.grad, y.grad)
 
 
