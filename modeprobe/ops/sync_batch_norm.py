@@ -125,7 +125,7 @@ class SyncBatchNorm(torch.autograd.Function):
         return (
             grad_x if need_x else None,
             sums[1].to(weight.dtype) if need_weight else None,
-            sums[0].to(bias.dtype) if need_bias else None,
+            sums[0].to(ctx.bias_dtype) if need_bias else None,
             (grad if plain else grad_residual) if need_residual else None,
             *[None] * 12,
         )
