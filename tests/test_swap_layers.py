@@ -230,7 +230,6 @@ def test_a_container_with_its_own_forward_is_not_fused():
     assert mp.swap(Backwards(nn.BatchNorm1d(4), nn.ReLU()), fuse=True).fused == ()
 
 
-@pytest.mark.slow
 def test_a_swapped_model_compiles_into_one_graph():
     model = network()
     compiled = torch.compile(model, fullgraph=True)

@@ -163,7 +163,6 @@ def test_both_networks_start_from_the_same_weights(data):
     torch.testing.assert_close(torchs[1].running_mean, ours[1].running_mean, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.slow
 def test_the_swapped_network_is_as_accurate_as_torchs(data):
     accuracy = {name: [] for name in batch_norm.VERSIONS}
     for seed in range(5):

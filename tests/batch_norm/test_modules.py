@@ -355,7 +355,6 @@ def test_compiled_in_one_graph(momentum, activation):
         torch.testing.assert_close(run(compiled.eval(), x, r), eager.eval()(x * 2, r).sin())
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("inside", [True, False])
 def test_compiled_by_inductor(inside):
     """Checkpointed, with the checkpoint inside the graph or around it: each step counts once."""

@@ -5,11 +5,8 @@ The only part of the probe that knows transformers. Nothing is downloaded.
 
 from __future__ import annotations
 
-import contextlib
 import importlib
-import logging
 import os
-import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,6 +15,7 @@ from torch import nn
 
 from modeprobe.probe.architectures import sizes as _sizes
 from modeprobe.probe.architectures.inputs import InputMaker
+from modeprobe.probe.quiet import quiet
 
 MAX_PARAMETERS = 100_000_000
 _REPAIRS = 4
@@ -56,8 +54,7 @@ def build(model_type: str, seed: int = 0) -> tuple[nn.Module, dict[str, Any]]:
         raise ArchitectureError(f"unknown model type {model_type!r} in the installed transformers{hint}")
     tried: list[str] = []
     ran = False
-    with warnings.catch_warnings(), _quiet():
-        warnings.simplefilter("ignore")
+    with quiet():
         try:
             config = _configuration(model_type)
         except Exception as error:
@@ -117,16 +114,6 @@ def _failure(model: nn.Module, inputs: dict[str, Any]) -> str | None:
 
 def _short(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    previous = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(previous)
 
 
 def _models(config: Any, seed: int) -> Iterator[nn.Module | Exception]:
