@@ -25,6 +25,25 @@ _DOCUMENTED = re.compile(r"^\s*(\w+)\s*\(`?([^`\n]*)`?[^\n]*?of shape\s*`?\(([^)
 _MISSING_PLACEHOLDERS = re.compile(
     r"(image|video|audio).*?do(?:es)? not match.*?features\D*(\d+)", re.IGNORECASE | re.DOTALL
 )
+_SIZES_EXPECTED = (
+    # got, expected: by a linear layer, a normalisation, a convolution, a sum (either way round)
+    (re.compile(r"cannot be multiplied \(\d+x(?P<got>\d+) and (?P<expected>\d+)x\d+\)"), -1),
+    (re.compile(r"normalized_shape=\[(?P<expected>\d+)\].*got input of size\[.*?(?P<got>\d+)\]"), -1),
+    (re.compile(r"to have (?P<expected>\d+) channels, but got (?P<got>\d+) channels"), 1),
+    (
+        re.compile(
+            r"tensor a \((?P<got>\d+)\) must match .* tensor b \((?P<expected>\d+)\) at .*dimension 2"
+        ),
+        2,
+    ),
+    (
+        re.compile(
+            r"tensor a \((?P<expected>\d+)\) must match .* tensor b \((?P<got>\d+)\) at .*dimension 2"
+        ),
+        2,
+    ),
+)
+_CODEBOOKS = re.compile(r"shape '\[-1, (\d+), (\d+)\]' is invalid")
 _NAMED = re.compile(r"[`'](\w+)[`']")
 _NOT_TRIED = re.compile(r"labels|inputs_embeds|head_mask|past_|encoder_outputs")
 
@@ -263,27 +282,6 @@ class InputMaker:
         if "length" in part or "seq" in part:
             return DECODER_LENGTH if name.startswith("decoder") or "target" in part else self.length
         return self.size(part, 4)
-
-
-_SIZES_EXPECTED = (
-    # got, expected: by a linear layer, a normalisation, a convolution, a sum (either way round)
-    (re.compile(r"cannot be multiplied \(\d+x(?P<got>\d+) and (?P<expected>\d+)x\d+\)"), -1),
-    (re.compile(r"normalized_shape=\[(?P<expected>\d+)\].*got input of size\[.*?(?P<got>\d+)\]"), -1),
-    (re.compile(r"to have (?P<expected>\d+) channels, but got (?P<got>\d+) channels"), 1),
-    (
-        re.compile(
-            r"tensor a \((?P<got>\d+)\) must match .* tensor b \((?P<expected>\d+)\) at .*dimension 2"
-        ),
-        2,
-    ),
-    (
-        re.compile(
-            r"tensor a \((?P<expected>\d+)\) must match .* tensor b \((?P<got>\d+)\) at .*dimension 2"
-        ),
-        2,
-    ),
-)
-_CODEBOOKS = re.compile(r"shape '\[-1, (\d+), (\d+)\]' is invalid")
 
 
 def _with_expected_sizes(inputs: Inputs, failure: str) -> Iterator[Inputs]:
