@@ -40,14 +40,15 @@ def interleaved(
     """Shortest seconds per call of each work.
 
     Works take turns, so that what else the machine does meets all of them alike; the shortest time is the one
-    that it disturbed least. The first round, which warms up, is not counted; rounds go on for ``seconds``,
-    ``at_least`` so many.
+    that it disturbed least. Every other round goes backwards: a work that frees much leaves the next one to
+    fetch its memory anew, and must not be followed by the same one each time. The first round, which warms up,
+    is not counted; rounds go on for ``seconds``, ``at_least`` so many.
     """
     times: dict[str, list[float]] = {name: [] for name in works}
     end = time.perf_counter() + seconds
     rounds = 0
     while rounds <= at_least or time.perf_counter() < end:
-        for name, work in works.items():
+        for name, work in list(works.items())[:: 1 if rounds % 2 else -1]:
             start = time.perf_counter()
             for _ in range(repeat):
                 work()
