@@ -39,6 +39,7 @@ class Promise:
 # The first match counts. Reductions: 0 is contiguous; 2, 4 and 8 are channels last, 16 bytes per thread; 1 is
 # channels last where rows do not begin at 16-byte borders.
 PROMISES = (
+    Promise(r"dropout_forward_kernel<float>", 4, vector_loads=True, vector_stores=True, blocks_sm_100=3),
     Promise(r"dropout_forward_kernel", 4, vector_loads=True, vector_stores=True, blocks_sm_100=2),
     Promise(r"batch_norm_moments_kernel<double, 1>", 2),
     Promise(r"batch_norm_moments_kernel<double", 2, vector_loads=True),

@@ -169,8 +169,13 @@ def _is_global(one: Instruction, kind: str) -> bool:
     return one.name == kind or (kind == "LDG" and (one.name == "LDGSTS" or one.opcode.startswith("LD.E")))
 
 
+def _jumps(one: Instruction) -> bool:
+    """Not for a warp whose threads are together: BRA.DIV leaves it before a shuffle if they are not."""
+    return one.name == "BRA" and ".DIV" not in one.opcode
+
+
 def _target(one: Instruction) -> int | None:
-    if one.name != "BRA":
+    if not _jumps(one):
         return None
     match = re.search(r"(0x[0-9a-f]+)\s*$", one.operands)
     return int(match[1], 16) if match else None
@@ -183,7 +188,7 @@ def _blocks(instructions: list[Instruction]) -> tuple[list[list[Instruction]], d
         target = _target(one)
         if target is not None:
             starts.add(target)
-        if after is not None and (one.name in ("BRA", "EXIT", "RET", "BSYNC", "BREAK")):
+        if after is not None and (_jumps(one) or one.name in ("EXIT", "RET", "BSYNC", "BREAK")):
             starts.add(after.address)
     blocks: list[list[Instruction]] = []
     for one in instructions:
@@ -197,7 +202,8 @@ def _blocks(instructions: list[Instruction]) -> tuple[list[list[Instruction]], d
         target = _target(last)
         if target is not None and target in index:
             successors[number].append(index[target])
-        always = last.name in ("EXIT", "RET", "BRA") and not last.predicate and "P" not in last.operands
+        leaves = _jumps(last) or last.name in ("EXIT", "RET")
+        always = leaves and not last.predicate and "P" not in last.operands
         if number + 1 < len(blocks) and not always:
             successors[number].append(number + 1)
     return blocks, successors

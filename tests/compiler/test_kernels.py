@@ -64,7 +64,7 @@ def compiled(name, header, old, new):
     return [one for one in kernels.cuda_kernels(target) if one.kernel.startswith("dropout_forward_kernel")]
 
 
-SELECT = "value[lane] = lanes.kept(lane, rate) ? value[lane] * rate.scale : acc(0);"
+SELECT = "value[i] = lanes.kept(i, rate) ? value[i] * rate.scale : acc(0);"
 LOAD = "const uint4 v = *static_cast<const uint4*>(from);"
 FAULTS = {
     "no fault": ("dropout.cuh", SELECT, SELECT, None),

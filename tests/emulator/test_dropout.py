@@ -83,8 +83,9 @@ def test_ties_take_the_second_draw():
     n, key, p = 2**18, mask.key(1234, 5), 1 / 3
     emulator.configure(multiprocessors=1)
     assert torch.equal(emulator.dropout_mask(n, key, p), mask.keep_mask((n,), p, key))
-    x = torch.ones(n, dtype=torch.bfloat16)
-    assert torch.equal(emulator.dropout(x, key, p) != 0, mask.keep_mask((n,), p, key))
+    for dtype in (torch.bfloat16, torch.float32):  # a chunk for each thread, and for each pair of threads
+        kept = emulator.dropout(torch.ones(n, dtype=dtype), key, p) != 0
+        assert torch.equal(kept, mask.keep_mask((n,), p, key))
 
 
 @pytest.mark.parametrize("dtype", emulator.DTYPES, ids=str)

@@ -61,10 +61,17 @@ FAULTS = {
     ),
     "swapped lanes": (
         "lanes.cuh",
-        "draw[2 * i] = words.w[i] << 16;\n      draw[2 * i + 1] = words.w[i];",
-        "draw[2 * i + 1] = words.w[i] << 16;\n      draw[2 * i] = words.w[i];",
+        "+ 2 * i] = words.w[i] << 16;",
+        "+ 2 * i] = words.w[3 - i] << 16;",
         False,
         "WRONG: mask differs from the contract",
+    ),
+    "halves not exchanged": (
+        "lanes.cuh",
+        "rows.w[i] = odd ? other : own.w[i];",
+        "rows.w[i] = own.w[i];",
+        False,
+        "WRONG: dropout differs from the contract",
     ),
     "forgotten tie": (
         "lanes.cuh",
@@ -75,7 +82,7 @@ FAULTS = {
     ),
     "uninitialised output": (
         "dropout.cuh",
-        "int64_t ragged = range.whole_begin + range.chunks - range.whole_end;",
+        "int64_t ragged = range.whole_begin + range.chunks - whole_end;",
         "int64_t ragged = range.whole_begin;",
         False,
         "WRONG: dropout leaves its output unwritten",

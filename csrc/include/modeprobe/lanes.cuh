@@ -90,6 +90,29 @@ struct Lanes {
   __device__ __forceinline__ bool kept(int lane, const Rate<acc>& rate) const {
     return draw[lane] <= rate.limit;
   }
+
+  // Returns whether the k-th chunk needs break_ties(), as something other than 0.
+  template <typename acc>
+  __device__ __forceinline__ uint32_t set(int k, const Words& words, const Rate<acc>& rate) {
+    uint32_t tie = rate.drops_all;  // every chunk takes the rare path then
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      draw[k * kLanesPerChunk + 2 * i] = words.w[i] << 16;
+      draw[k * kLanesPerChunk + 2 * i + 1] = words.w[i];
+      tie |= zero_half(words.w[i] ^ rate.hi_pair);
+    }
+    return tie;
+  }
+
+  template <typename acc>
+  __device__ __forceinline__ void break_ties(int k, const Words& second, const Rate<acc>& rate) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      uint32_t &even = draw[k * kLanesPerChunk + 2 * i], &odd = draw[k * kLanesPerChunk + 2 * i + 1];
+      even |= rate.drops_all ? ~0u : second.w[i] & 0xffffu;
+      odd = rate.drops_all ? ~0u : (odd & 0xffff0000u) | second.w[i] >> 16;
+    }
+  }
 };
 
 // Several chunks at once, `stride` apart: they share the round keys and the test for ties.
@@ -97,30 +120,46 @@ template <int chunks, typename acc>
 __device__ __forceinline__ Lanes<chunks> decide(Key key, const Rate<acc>& rate, uint64_t chunk,
                                                 uint64_t stride = 0) {
   Lanes<chunks> lanes;
-  uint32_t tie = rate.drops_all;  // every chunk takes the rare path then
+  uint32_t tie = 0;
 #pragma unroll
-  for (int k = 0; k < chunks; ++k) {
-    const Words words = chunk_words(key, (chunk + k * stride) & kChunkMask, 0);
-    uint32_t* draw = lanes.draw + k * kLanesPerChunk;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      draw[2 * i] = words.w[i] << 16;
-      draw[2 * i + 1] = words.w[i];
-      tie |= zero_half(words.w[i] ^ rate.hi_pair);
-    }
-  }
+  for (int k = 0; k < chunks; ++k)
+    tie |= lanes.set(k, chunk_words(key, (chunk + k * stride) & kChunkMask, 0), rate);
   if (__builtin_expect(tie != 0, 0)) {
 #pragma unroll
-    for (int k = 0; k < chunks; ++k) {
-      const Words second = chunk_words(key, (chunk + k * stride) & kChunkMask, 1);
-      uint32_t* draw = lanes.draw + k * kLanesPerChunk;
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        draw[2 * i] |= rate.drops_all ? ~0u : second.w[i] & 0xffffu;
-        draw[2 * i + 1] = rate.drops_all ? ~0u : (draw[2 * i + 1] & 0xffff0000u) | second.w[i] >> 16;
-      }
-    }
+    for (int k = 0; k < chunks; ++k)
+      lanes.break_ties(k, chunk_words(key, (chunk + k * stride) & kChunkMask, 1), rate);
   }
+  return lanes;
+}
+
+// Where a 16-byte packet is half a chunk, a warp takes 32 chunks as two rows of 32 packets, so that each
+// access of a lane continues its neighbour's: lane l has half l & 1 of chunk l / 2 of either row. It draws
+// for the one of these chunks that paired_chunk() names, and exchanges halves with the lane that draws for
+// the other.
+constexpr int kPairedChunks = kWarp;
+
+__device__ __forceinline__ int paired_chunk(int lane) { return lane / 2 + (lane & 1) * (kWarp / 2); }
+
+__device__ __forceinline__ Words exchange_halves(const Words& own, int lane) {
+  const bool odd = lane & 1;
+  Words rows;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const uint32_t other = __shfl_xor_sync(~0u, odd ? own.w[i] : own.w[i + 2], 1);
+    rows.w[i] = odd ? other : own.w[i];
+    rows.w[i + 2] = odd ? own.w[i + 2] : other;
+  }
+  return rows;
+}
+
+// The four decisions of the first row, then those of the second. For whole warps; `chunk` is the one that the
+// lane draws for.
+template <typename acc>
+__device__ __forceinline__ Lanes<1> decide_paired(Key key, const Rate<acc>& rate, uint64_t chunk, int lane) {
+  Lanes<1> lanes;
+  const uint32_t tie = lanes.set(0, exchange_halves(chunk_words(key, chunk & kChunkMask, 0), lane), rate);
+  if (__builtin_expect(__any_sync(~0u, tie != 0), 0))
+    lanes.break_ties(0, exchange_halves(chunk_words(key, chunk & kChunkMask, 1), lane), rate);
   return lanes;
 }
 
