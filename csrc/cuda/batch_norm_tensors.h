@@ -37,6 +37,8 @@ struct Geometry {
     }
     if (is_contiguous || (channels_last && is_dense_in(input, innermost_channels)))
       for (int64_t d = 0; d < dims; ++d) strides[d] = input.stride(d);
+    STD_TORCH_CHECK(channels_last || layout.s <= Layout::kLongestRow, "batch_norm: input may have at most ",
+                    Layout::kLongestRow, " positions per sample and channel on CUDA, got ", layout.s);
     if (channels_last) layout = {layout.n * layout.s, layout.c, 1};
   }
 

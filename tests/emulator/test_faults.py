@@ -110,8 +110,8 @@ FAULTS = {
     ),
     "elements of another block": (
         "batch_norm_on_chip.cuh",
-        "if (unit.first == 0 && unit.last == kLanesPerChunk)",
-        "if (whole)",
+        "if (unit.whole()) return store_at",
+        "if (whole) return store_at",
         False,
         "WRONG: one launch has another output",
     ),

@@ -70,7 +70,7 @@ __global__ void __launch_bounds__(kThreads, kResident<T, plain>)
       shift[i] = parameters.shift(c);
     }
   }
-  Ahead<T, kLanes, in_flight(kLanes * sizeof(T), kResident<T, plain>), 1> ahead(
+  Ahead<T, kLanes, ring_depth(kLanes * sizeof(T), kResident<T, plain>), 1> ahead(
       {x}, walk.chunk * kLanes, walk.stride * kLanes, elements, aligned);
   for (; walk.chunk < walk.chunks; walk.chunk += walk.stride) {
     const int64_t at = walk.chunk * kLanes;
@@ -127,7 +127,7 @@ __global__ void __launch_bounds__(kThreads, kGradientResident<T, channels_last, 
       b[i] = b_of(c);
     }
   }
-  Ahead<T, kLanes, in_flight(2 * kLanes * sizeof(T), kGradientResident<T, channels_last, plain>), 2> ahead(
+  Ahead<T, kLanes, ring_depth(2 * kLanes * sizeof(T), kGradientResident<T, channels_last, plain>), 2> ahead(
       {dy, x}, walk.chunk * kLanes, walk.stride * kLanes, elements, aligned);
   for (; walk.chunk < walk.chunks; walk.chunk += walk.stride) {
     const int64_t at = walk.chunk * kLanes;
@@ -180,8 +180,8 @@ bool columns_align(const Layout& layout, Pointers... pointers) {
   return layout.c % kColumns<T> == 0 && ((reinterpret_cast<uintptr_t>(pointers) % kPacketBytes == 0) && ...);
 }
 
-// Bytes of workspace for a reduction with these inputs; only the first Partials::ticket_bytes(c) must be
-// zero.
+// Bytes of workspace, at most, for a reduction with these inputs; only the first Partials::ticket_bytes(c)
+// must be zero.
 template <typename T, typename Value>
 size_t reduce_workspace_bytes(const Layout& layout, bool channels_last, bool columns_aligned) {
   const int columns = !channels_last ? 0 : columns_aligned ? kColumns<T> : 1;
@@ -198,15 +198,19 @@ cudaError_t launch_batch_norm_moments(const T* x, const Layout& layout, bool cha
                                       const MomentsOutput<T>& output, cudaStream_t stream) {
   using Value = Moments<acc_t<T>>;
   const bool aligned = columns_align<T>(layout, x);
-  const ReduceShape shape = reduce_shape(layout, !channels_last ? 0 : aligned ? kColumns<T> : 1);
+  const auto kernel = !channels_last ? batch_norm_moments_kernel<T, 0>
+                      : aligned      ? batch_norm_moments_kernel<T, kColumns<T>>
+                                     : batch_norm_moments_kernel<T, 1>;
+  const ReduceShape shape = reduce_shape(layout,
+                                         !channels_last ? 0
+                                         : aligned      ? kColumns<T>
+                                                        : 1,
+                                         resident_blocks(kernel, kReduceBlocks));
   if (needs_tickets(shape, output.buffers.independent())) {
     const cudaError_t status = cudaMemsetAsync(workspace, 0, Partials<Value>::ticket_bytes(layout.c), stream);
     if (status != cudaSuccess) return status;
   }
   const auto partials = Partials<Value>::at(workspace, layout.c);
-  const auto kernel = !channels_last ? batch_norm_moments_kernel<T, 0>
-                      : aligned      ? batch_norm_moments_kernel<T, kColumns<T>>
-                                     : batch_norm_moments_kernel<T, 1>;
   return launch(kernel, shape.grid, shape.block, stream, x, layout, partials, output);
 }
 
@@ -230,9 +234,11 @@ struct ElementwiseShape {
   int64_t period;
 };
 
-inline ElementwiseShape elementwise_shape(const Layout& layout, bool channels_last) {
+template <typename... Params>
+ElementwiseShape elementwise_shape(void (*kernel)(Params...), const Layout& layout, bool channels_last) {
   const int64_t period = channels_last ? layout.c / std::gcd(layout.c, int64_t{kLanesPerChunk}) : 1;
-  const unsigned blocks = grid_stride_blocks(layout.elements() / kLanesPerChunk + 1, kElementwiseBlocks);
+  const unsigned blocks =
+      grid_stride_blocks(kernel, layout.elements() / kLanesPerChunk + 1, kElementwiseBlocks);
   const unsigned least = unsigned((period + kThreads - 1) / kThreads);
   return {dim3(blocks > least ? blocks : least), period};
 }
@@ -242,12 +248,12 @@ template <typename T>
 cudaError_t launch_batch_norm_normalize(const T* x, T* y, const Layout& layout, bool channels_last,
                                         const ChannelParameters<T>& parameters, acc_t<T>* statistics,
                                         const Epilogue<T>& epilogue, cudaStream_t stream) {
-  const auto [grid, period] = elementwise_shape(layout, channels_last);
   const bool plain = is_plain(epilogue);
   const auto kernel = channels_last ? plain ? batch_norm_normalize_kernel<T, true, true>
                                             : batch_norm_normalize_kernel<T, true, false>
                       : plain       ? batch_norm_normalize_kernel<T, false, true>
                                     : batch_norm_normalize_kernel<T, false, false>;
+  const auto [grid, period] = elementwise_shape(kernel, layout, channels_last);
   return launch(kernel, grid, dim3(kThreads), stream, x, y, layout, period, parameters, statistics, epilogue);
 }
 
@@ -258,18 +264,22 @@ cudaError_t launch_batch_norm_backward_reduce(const T* dy, const T* x, const Lay
                                               const GradientOutput<T>& output, cudaStream_t stream) {
   using Value = Sums<acc_t<T>>;
   const bool aligned = columns_align<T>(layout, x, dy, epilogue.residual);
-  const ReduceShape shape = reduce_shape(layout, !channels_last ? 0 : aligned ? kColumns<T> : 1);
-  if (needs_tickets(shape, true)) {
-    const cudaError_t status = cudaMemsetAsync(workspace, 0, Partials<Value>::ticket_bytes(layout.c), stream);
-    if (status != cudaSuccess) return status;
-  }
-  const auto partials = Partials<Value>::at(workspace, layout.c);
   const auto choose = [&](auto plain) {
     return !channels_last ? batch_norm_backward_reduce_kernel<T, 0, plain.value>
            : aligned      ? batch_norm_backward_reduce_kernel<T, kColumns<T>, plain.value>
                           : batch_norm_backward_reduce_kernel<T, 1, plain.value>;
   };
   const auto kernel = is_plain(epilogue) ? choose(std::true_type{}) : choose(std::false_type{});
+  const ReduceShape shape = reduce_shape(layout,
+                                         !channels_last ? 0
+                                         : aligned      ? kColumns<T>
+                                                        : 1,
+                                         resident_blocks(kernel, kReduceBlocks));
+  if (needs_tickets(shape, true)) {
+    const cudaError_t status = cudaMemsetAsync(workspace, 0, Partials<Value>::ticket_bytes(layout.c), stream);
+    if (status != cudaSuccess) return status;
+  }
+  const auto partials = Partials<Value>::at(workspace, layout.c);
   return launch(kernel, shape.grid, shape.block, stream, dy, x, layout, parameters, epilogue, partials,
                 output);
 }
@@ -281,12 +291,12 @@ cudaError_t launch_batch_norm_input_gradient(const T* dy, const T* x, T* dx, T* 
                                              const ChannelParameters<T>& parameters, const acc_t<T>* sums,
                                              acc_t<T> share, const Epilogue<T>& epilogue,
                                              cudaStream_t stream) {
-  const auto [grid, period] = elementwise_shape(layout, channels_last);
   const bool plain = is_plain(epilogue) && d_residual == nullptr;
   const auto kernel = channels_last ? plain ? batch_norm_input_gradient_kernel<T, true, true>
                                             : batch_norm_input_gradient_kernel<T, true, false>
                       : plain       ? batch_norm_input_gradient_kernel<T, false, true>
                                     : batch_norm_input_gradient_kernel<T, false, false>;
+  const auto [grid, period] = elementwise_shape(kernel, layout, channels_last);
   return launch(kernel, grid, dim3(kThreads), stream, dy, x, dx, d_residual, layout, period, parameters, sums,
                 share, epilogue);
 }

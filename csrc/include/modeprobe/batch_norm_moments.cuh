@@ -10,9 +10,13 @@ namespace modeprobe {
 // into 80 registers on sm_100.
 template <typename T, int columns>
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
-constexpr int kMomentsResident = sizeof(T) == 8 || columns == 8 ? 2 : 3;
+constexpr int kMomentsResident = sizeof(T) == 8 || columns == 8 ? 2
+                                 : columns                      ? 3
+                                                                : 4;
 #else
-constexpr int kMomentsResident = sizeof(T) == 8 ? 2 : 3;
+constexpr int kMomentsResident = sizeof(T) == 8 ? 2
+                                 : columns      ? 3
+                                                : 4;
 #endif
 
 // Neighbouring channels per thread with channels last; 1 where rows do not begin at 16-byte borders.
@@ -98,28 +102,43 @@ struct ShiftedSums {
   }
 };
 
-// Eight positions of one channel: those in [first, last) belong to it.
+// Eight positions, those of one channel among them as bits.
 struct Unit {
+  static constexpr uint32_t kWhole = (1u << kLanesPerChunk) - 1;
   int64_t at;
-  int first, last;
+  uint32_t bits;
 
-  __device__ __forceinline__ bool empty() const { return last <= first; }
+  __device__ __forceinline__ bool empty() const { return bits == 0; }
+  __device__ __forceinline__ bool whole() const { return bits == kWhole; }
+  __device__ __forceinline__ bool has(int i) const { return bits >> i & 1; }
+  // Whether all eight positions lie before `end`.
+  __device__ __forceinline__ bool inside(int64_t end) const { return whole() || at + kLanesPerChunk <= end; }
 };
 
-// Adds a unit of one channel to the thread's sums over `n` values.
-template <typename acc>
+// Calls add(i) for the unit's positions. Nearly all units are whole: one branch then, not one per position.
+template <typename Add>
+__device__ __forceinline__ void for_positions(const Unit& unit, Add&& add) {
+  if (unit.whole()) {
+#pragma unroll
+    for (int i = 0; i < kLanesPerChunk; ++i) add(i);
+  } else {
+#pragma unroll
+    for (int i = 0; i < kLanesPerChunk; ++i)
+      if (unit.has(i)) add(i);
+  }
+}
+
+// Adds a unit of one channel to the thread's sums over `n` values; they have their shift already.
+template <typename acc, typename Count>
 __device__ __forceinline__ void add_unit(const Unit& unit, const acc* value, ShiftedSums<acc>& sums,
-                                         int64_t& n) {
-#pragma unroll
-  for (int i = kLanesPerChunk - 1; i >= 0; --i)
-    if (n == 0 && i >= unit.first && i < unit.last) sums.shift = value[i];
+                                         Count& n) {
   ShiftedSums<acc> chunk{sums.shift, acc(0), acc(0)};
-#pragma unroll
-  for (int i = 0; i < kLanesPerChunk; ++i)
-    if (i >= unit.first && i < unit.last) chunk.add(value[i]);
+  for_positions(unit, [&](int i) {
+    chunk.add(value[i]);
+    ++n;
+  });
   sums.sum += chunk.sum;
   sums.squares += chunk.squares;
-  n += unit.empty() ? 0 : unit.last - unit.first;
 }
 
 // Adds one value of each of `columns` channels.
@@ -133,66 +152,106 @@ __device__ __forceinline__ void add_row(const acc* value, ShiftedSums<acc>* sums
   ++n;
 }
 
-// Walks the rows of one channel of a contiguous tensor, chunk by chunk, without a division per step.
+// Walks the rows of one channel of a contiguous tensor, chunk by chunk, without a division or a product of 64
+// bits per step, and within a row without a look at its ends: a reduction of 16-bit data has few instructions
+// per element before they, not the memory, set its pace.
 struct RowWalk {
-  int64_t row, chunk, row_step, chunk_step, chunks;
-  const Layout& layout;
-  int64_t channel;
+  int64_t start, row, row_step;  // the row's first element; from one row to the next; of one stride
+  uint32_t chunk, chunk_step, chunks, inner, length;
+  uint32_t left;  // units
 
   // Chunks that can overlap a row of s elements, wherever it begins.
   __device__ __forceinline__ RowWalk(const Layout& layout, int64_t channel)
-      : chunks((layout.s + 2 * kLanesPerChunk - 2) / kLanesPerChunk), layout(layout), channel(channel) {
-    const int64_t item = int64_t(blockIdx.y) * kThreads + threadIdx.y, stride = int64_t(gridDim.y) * kThreads;
-    row = item / chunks;
+      : row(layout.c * layout.s),
+        chunks(uint32_t((layout.s + 2 * kLanesPerChunk - 2) / kLanesPerChunk)),
+        inner(chunks > 3 ? chunks - 3 : 0),
+        length(uint32_t(layout.s)) {
+    const uint32_t item = blockIdx.y * kThreads + threadIdx.y, stride = gridDim.y * kThreads;
+    start = item / chunks * row + channel * layout.s;
     chunk = item % chunks;
-    row_step = stride / chunks;
+    row_step = stride / chunks * row;
     chunk_step = stride % chunks;
+    const int64_t units = layout.n * chunks - item;
+    left = units > 0 ? uint32_t((units + stride - 1) / stride) : 0;
   }
-  __device__ __forceinline__ bool done() const { return row >= layout.n; }
+  __device__ __forceinline__ bool done() const { return left == 0; }
+  __device__ __forceinline__ uint32_t head() const { return uint32_t(start) % kLanesPerChunk; }
+  // The first element on the way, or `otherwise`.
+  template <typename T>
+  __device__ __forceinline__ acc_t<T> first(const T* x, acc_t<T> otherwise) const {
+    const uint32_t begin = chunk * kLanesPerChunk, skipped = begin > head() ? begin - head() : 0;
+    return !done() && skipped < length ? widen(x[start + skipped]) : otherwise;
+  }
   __device__ __forceinline__ Unit next() {
-    Unit unit{0, 0, 0};
-    if (done()) return unit;
-    const int64_t start = (row * layout.c + channel) * layout.s;
-    unit.at = (start / kLanesPerChunk + chunk) * kLanesPerChunk;
-    const int64_t first = start - unit.at, last = start + layout.s - unit.at;
-    unit.first = first > 0 ? int(first) : 0;
-    unit.last = last < kLanesPerChunk ? (last > 0 ? int(last) : 0) : kLanesPerChunk;
-    row += row_step;
+    --left;
+    const uint32_t head = this->head();
+    Unit unit{int64_t(start - head + uint64_t{chunk} * kLanesPerChunk), Unit::kWhole};
+    if (chunk - 1 >= inner) {  // the first of a row, or one of its last two
+      const uint32_t first = chunk == 0 ? head : 0;
+      const int to_end = int(head + length - chunk * kLanesPerChunk);
+      const uint32_t last = to_end < 0 ? 0 : to_end < kLanesPerChunk ? uint32_t(to_end) : kLanesPerChunk;
+      unit.bits = last > first ? (1u << last) - (1u << first) : 0;
+    }
     chunk += chunk_step;
+    start += row_step;
     if (chunk >= chunks) {
       chunk -= chunks;
-      ++row;
+      start += row;
     }
     return unit;
   }
 };
 
+// Calls add(raw, unit, whole) for the units of a walk over tensors of one layout, `units` of which are on
+// their way together. raw: the unit's elements of each tensor; whole: they may be accessed 16 bytes at a
+// time.
+template <int units, typename T, typename Add, typename... Rest>
+__device__ __forceinline__ void walk_rows(RowWalk& walk, int64_t elements, bool aligned, Add&& add,
+                                          const T* x, Rest... rest) {
+  constexpr int kTensors = 1 + sizeof...(rest);
+  using Elements = Raw<T, kLanesPerChunk>;
+  const T* const from[kTensors] = {x, rest...};
+  if (aligned) {
+    while (walk.left >= units) {
+      Unit unit[units];
+      Elements raw[units][kTensors];
+      bool whole[units];
+#pragma unroll
+      for (int u = 0; u < units; ++u) {
+        unit[u] = walk.next();
+        whole[u] = unit[u].inside(elements);
+#pragma unroll
+        for (int t = 0; t < kTensors; ++t) raw[u][t].load(from[t], unit[u].at, elements, whole[u]);
+      }
+#pragma unroll
+      for (int u = 0; u < units; ++u) add(raw[u], unit[u], whole[u]);
+    }
+  }
+  while (!walk.done()) {
+    const Unit unit = walk.next();
+    const bool whole = aligned && unit.inside(elements);
+    Elements raw[kTensors];
+#pragma unroll
+    for (int t = 0; t < kTensors; ++t) raw[t].load(from[t], unit.at, elements, whole);
+    add(raw, unit, whole);
+  }
+}
+
 template <typename T>
 __device__ __forceinline__ Moments<acc_t<T>> collect_rows(const T* x, const Layout& layout, int64_t channel,
                                                           acc_t<T> pivot) {
   using acc = acc_t<T>;
-  const int64_t elements = layout.elements();
-  const bool aligned = is_aligned(x);
-  ShiftedSums<acc> sums{};
-  int64_t n = 0;
   RowWalk walk(layout, channel);
-  constexpr int kUnits = in_flight(kLanesPerChunk * sizeof(T), kMomentsResident<T, 0>);
-  while (!walk.done()) {
-    Unit unit[kUnits];
-    Raw<T, kLanesPerChunk> raw[kUnits];
-#pragma unroll
-    for (int u = 0; u < kUnits; ++u) {
-      unit[u] = walk.next();
-      if (!unit[u].empty())
-        raw[u].load(x, unit[u].at, elements, aligned && unit[u].at + kLanesPerChunk <= elements);
-    }
-#pragma unroll
-    for (int u = 0; u < kUnits; ++u) {
-      acc value[kLanesPerChunk];
-      raw[u].unpack_to(value);
-      add_unit(unit[u], value, sums, n);
-    }
-  }
+  ShiftedSums<acc> sums{walk.first(x, pivot), acc(0), acc(0)};
+  uint32_t n = 0;
+  walk_rows<in_flight(kLanesPerChunk * sizeof(T), kMomentsResident<T, 0>)>(
+      walk, layout.elements(), is_aligned(x),
+      [&](const auto& raw, const Unit& unit, bool) {
+        acc value[kLanesPerChunk];
+        raw[0].unpack_to(value);
+        add_unit(unit, value, sums, n);
+      },
+      x);
   return sums.moments(n, pivot);
 }
 

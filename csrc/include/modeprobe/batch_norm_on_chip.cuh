@@ -10,7 +10,9 @@
 
 namespace modeprobe {
 
-constexpr size_t kOnChipBytes = 104 << 10;      // per block: two share a multiprocessor of an H100
+// Per block: two share a multiprocessor of an H100 at 104 KiB where the layer is contiguous. With channels
+// last static memory takes up to 33 KiB more, so that two fit up to 80 KiB.
+constexpr size_t kOnChipBytes = 104 << 10;
 constexpr size_t kOnChipBytesAlone = 32 << 10;  // per block, where fewer blocks than this leave it half idle:
 constexpr int64_t kOnChipBlocks = 64;
 constexpr size_t kOnChipStaticBytes = 34 << 10;
@@ -81,7 +83,7 @@ struct OnChipWalk<true> {
         step(blockDim.y * layout.c) {}
   __device__ __forceinline__ bool done() const { return row >= rows; }
   __device__ __forceinline__ Unit next() {
-    const Unit unit{at, 0, kLanesPerChunk};
+    const Unit unit{at, Unit::kWhole};
     row += blockDim.y;
     at += step;
     return unit;
@@ -92,11 +94,10 @@ struct OnChipWalk<true> {
 template <typename T>
 __device__ __forceinline__ void store_unit(T* to, const Unit& unit, int64_t end, bool whole,
                                            const acc_t<T>* in) {
-  if (unit.first == 0 && unit.last == kLanesPerChunk)
-    return store_at<T, kLanesPerChunk>(to, unit.at, end, whole, in);
+  if (unit.whole()) return store_at<T, kLanesPerChunk>(to, unit.at, end, whole, in);
 #pragma unroll
   for (int i = 0; i < kLanesPerChunk; ++i)
-    if (i >= unit.first && i < unit.last) to[unit.at + i] = narrow<T>(in[i]);
+    if (unit.has(i)) to[unit.at + i] = narrow<T>(in[i]);
 }
 
 template <bool channels_last>
@@ -118,7 +119,7 @@ __global__ void __launch_bounds__(kThreads, kOnChipResident<channels_last, plain
   const EpilogueContext<T> context(plain ? Epilogue<T>{} : epilogue);
   const int64_t channel = own_channel<channels_last>(), elements = layout.elements();
   const bool aligned = is_aligned(x) && is_aligned(y) && is_aligned(context.e.residual);
-  const auto is_whole = [&](const Unit& unit) { return aligned && unit.at + kLanes <= elements; };
+  const auto is_whole = [&](const Unit& unit) { return aligned && unit.inside(elements); };
 
   const Walk start(layout, channel);
   int number = 0;
@@ -132,6 +133,7 @@ __global__ void __launch_bounds__(kThreads, kOnChipResident<channels_last, plain
   wait_for_copies<0>();
 
   ShiftedSums<acc> sums[kCount] = {};
+  if constexpr (!channels_last) sums[0].shift = start.first(x, pivot[0]);
   int64_t n = 0;
   number = 0;
   for (Walk walk = start; !walk.done(); ++number) {
@@ -193,7 +195,7 @@ __global__ void __launch_bounds__(kThreads, kOnChipResident<channels_last, plain
   const int64_t channel = own_channel<channels_last>(), elements = layout.elements();
   const bool aligned = is_aligned(x) && is_aligned(dy) && is_aligned(dx) && is_aligned(d_residual) &&
                        is_aligned(context.e.residual);
-  const auto is_whole = [&](const Unit& unit) { return aligned && unit.at + kLanes <= elements; };
+  const auto is_whole = [&](const Unit& unit) { return aligned && unit.inside(elements); };
 
   const Walk start(layout, channel);
   int number = 0;

@@ -83,9 +83,7 @@ struct LoadedChannels {
 template <typename acc>
 __device__ __forceinline__ void add_unit(const Unit& unit, const acc* g, const acc* v, Sums<acc>& sums) {
   Sums<acc> chunk{};
-#pragma unroll
-  for (int i = 0; i < kLanesPerChunk; ++i)
-    if (i >= unit.first && i < unit.last) chunk = merge(chunk, {g[i], g[i] * v[i]});
+  for_positions(unit, [&](int i) { chunk = merge(chunk, {g[i], g[i] * v[i]}); });
   sums = merge(sums, chunk);
 }
 template <int columns, typename acc>
@@ -129,31 +127,18 @@ __global__ void __launch_bounds__(kThreads, kSumsResident<T, columns, plain>)
   Sums<acc> sums[kCount] = {};
 
   if constexpr (columns == 0) {
-    const bool aligned = is_aligned(x) && is_aligned(dy) && is_aligned(context.e.residual);
-    constexpr int kUnits = in_flight(2 * kLanesPerChunk * sizeof(T), kResident<T, plain>);
     RowWalk walk(layout, channel);
-    while (!walk.done()) {
-      Unit unit[kUnits];
-      Raw<T, kWidth> raw_g[kUnits], raw_x[kUnits];
-#pragma unroll
-      for (int u = 0; u < kUnits; ++u) {
-        unit[u] = walk.next();
-        if (unit[u].empty()) continue;
-        const bool whole = aligned && unit[u].at + kLanesPerChunk <= elements;
-        raw_g[u].load(dy, unit[u].at, elements, whole);
-        raw_x[u].load(x, unit[u].at, elements, whole);
-      }
-#pragma unroll
-      for (int u = 0; u < kUnits; ++u) {
-        if (unit[u].empty()) continue;
-        const bool whole = aligned && unit[u].at + kLanesPerChunk <= elements;
-        acc g[kWidth], v[kWidth];
-        raw_g[u].unpack_to(g);
-        raw_x[u].unpack_to(v);
-        channels.template differentiate<kWidth>(context, unit[u].at, elements, whole, g, v);
-        add_unit(unit[u], g, v, sums[0]);
-      }
-    }
+    walk_rows<in_flight(2 * kLanesPerChunk * sizeof(T), kResident<T, plain>)>(
+        walk, elements, is_aligned(x) && is_aligned(dy) && is_aligned(context.e.residual),
+        [&](const auto& raw, const Unit& unit, bool whole) {
+          if (unit.empty()) return;
+          acc g[kWidth], v[kWidth];
+          raw[0].unpack_to(g);
+          raw[1].unpack_to(v);
+          channels.template differentiate<kWidth>(context, unit.at, elements, whole, g, v);
+          add_unit(unit, g, v, sums[0]);
+        },
+        dy, x);
   } else if (channel < layout.c) {
     const int64_t step = int64_t(gridDim.y) * blockDim.y * layout.c;
     int64_t at = (int64_t(blockIdx.y) * blockDim.y + threadIdx.y) * layout.c + channel;
@@ -166,8 +151,8 @@ __global__ void __launch_bounds__(kThreads, kSumsResident<T, columns, plain>)
         add_row<1>(g, v, sums);
       }
     } else {
-      Ahead<T, kWidth, in_flight(2 * kPacketBytes, kResident<T, plain>), 2, true> ahead({dy, x}, at, step,
-                                                                                        elements, true);
+      Ahead<T, kWidth, ring_depth(2 * kPacketBytes, kResident<T, plain>), 2, true> ahead({dy, x}, at, step,
+                                                                                         elements, true);
       for (; at < elements; at += step) {
         ahead.wait();
         ahead.load(0, g);

@@ -24,8 +24,11 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : 4)
     const int64_t at = chunk * kLanes;
     const bool whole = aligned && at + kLanes <= n;
     acc value[kLanes], rest[kLanes];
-    load_at<T, kLanes>(x, at, n, whole, value);
-    load_at<T, kLanes>(residual, at, n, whole, rest);
+    Raw<T, kLanes> raw_x, raw_rest;
+    raw_x.load(x, at, n, whole);
+    raw_rest.load(residual, at, n, whole);
+    raw_x.unpack_to(value);
+    raw_rest.unpack_to(rest);
     if (bias) {
       acc b[kLanes];
       if (bias_aligned) {
@@ -55,10 +58,14 @@ cudaError_t launch_bias_dropout_add(const T* x, const T* bias, const T* residual
                                     int64_t columns, const int64_t* key, uint64_t offset, double p,
                                     const void* p_on_device, cudaStream_t stream) {
   if (n == 0) return cudaSuccess;
-  return launch(bias_dropout_add_kernel<T>, dim3(grid_stride_blocks(n / kLanesPerChunk + 1, 4)),
-                dim3(kThreads), stream, x, bias, residual, y, n, columns, key, offset,
-                rate_source<acc_t<T>>(p, p_on_device, true));
+  const auto kernel = bias_dropout_add_kernel<T>;
+  return launch(kernel, dim3(grid_stride_blocks(kernel, n / kLanesPerChunk + 1, 4)), dim3(kThreads), stream,
+                x, bias, residual, y, n, columns, key, offset, rate_source<acc_t<T>>(p, p_on_device, true));
 }
+
+// Neighbouring columns per thread: those of a chunk share its random numbers.
+template <typename T>
+constexpr int kBiasColumns = sizeof(T) == 8 ? kPacket<T> : kLanesPerChunk;
 
 // dx = dropout(dy), and its column sums, before rounding, in a fixed order. `width` neighbouring columns per
 // thread.
@@ -73,18 +80,30 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int64_t column = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) * width;
   Sums<acc> sums[width] = {};
   if (column < layout.c) {
-    const int64_t stride = int64_t(gridDim.y) * blockDim.y;
-    for (int64_t row = int64_t(blockIdx.y) * blockDim.y + threadIdx.y; row < layout.n; row += stride) {
-      const int64_t at = row * layout.c + column;
-      acc g[width];
-      load_at<T, width>(dy, at, layout.elements(), true, g);
-      const uint32_t keep = keep_bits_from(key, rate, offset + uint64_t(at));
+    constexpr int kRows = width > 1 ? in_flight(width * sizeof(T), 2) : 1;
+    const int64_t stride = int64_t(gridDim.y) * blockDim.y, elements = layout.elements();
+    int64_t at = (int64_t(blockIdx.y) * blockDim.y + threadIdx.y) * layout.c + column;
+    for (; at < elements; at += kRows * stride * layout.c) {
+      Raw<T, width> raw[kRows];
 #pragma unroll
-      for (int i = 0; i < width; ++i) {
-        g[i] = keep >> i & 1 ? g[i] * rate.scale : acc(0);
-        sums[i].a += g[i];
+      for (int r = 0; r < kRows; ++r) {
+        const int64_t here = at + r * stride * layout.c;
+        if (here < elements) raw[r].load(dy, here, elements, true);
       }
-      store_at<T, width>(dx, at, layout.elements(), true, g);
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        const int64_t here = at + r * stride * layout.c;
+        if (here >= elements) break;
+        acc g[width];
+        raw[r].unpack_to(g);
+        const uint32_t keep = keep_bits_from(key, rate, offset + uint64_t(here));
+#pragma unroll
+        for (int i = 0; i < width; ++i) {
+          g[i] = keep >> i & 1 ? g[i] * rate.scale : acc(0);
+          sums[i].a += g[i];
+        }
+        store_at<T, width>(dx, here, elements, true, g);
+      }
     }
   }
   if (!merge_grid<Sums<acc>, width>(partials, layout.c, column, sums)) return;
@@ -96,13 +115,13 @@ __global__ void __launch_bounds__(kThreads, 2)
 
 template <typename T>
 bool bias_columns_align(int64_t columns, const T* dy, const T* dx) {
-  return columns % kPacket<T> == 0 && reinterpret_cast<uintptr_t>(dy) % kPacketBytes == 0 &&
+  return columns % kBiasColumns<T> == 0 && reinterpret_cast<uintptr_t>(dy) % kPacketBytes == 0 &&
          reinterpret_cast<uintptr_t>(dx) % kPacketBytes == 0;
 }
 
 template <typename T>
 size_t bias_workspace_bytes(int64_t rows, int64_t columns, bool aligned) {
-  const ReduceShape shape = reduce_shape({rows, columns, 1}, aligned ? kPacket<T> : 1);
+  const ReduceShape shape = reduce_shape({rows, columns, 1}, aligned ? kBiasColumns<T> : 1);
   return Partials<Sums<acc_t<T>>>::bytes(columns, shape.grid.y);
 }
 
@@ -113,11 +132,12 @@ cudaError_t launch_bias_dropout_add_backward(const T* dy, T* dx, T* d_bias, int6
   using Value = Sums<acc_t<T>>;
   const Layout layout{rows, columns, 1};
   const bool aligned = bias_columns_align(columns, dy, dx);
-  const ReduceShape shape = reduce_shape(layout, aligned ? kPacket<T> : 1);
+  const auto kernel =
+      aligned ? bias_dropout_add_backward_kernel<T, kBiasColumns<T>> : bias_dropout_add_backward_kernel<T, 1>;
+  const ReduceShape shape =
+      reduce_shape(layout, aligned ? kBiasColumns<T> : 1, resident_blocks(kernel, kReduceBlocks));
   const cudaError_t status = cudaMemsetAsync(workspace, 0, Partials<Value>::ticket_bytes(columns), stream);
   if (status != cudaSuccess) return status;
-  const auto kernel =
-      aligned ? bias_dropout_add_backward_kernel<T, kPacket<T>> : bias_dropout_add_backward_kernel<T, 1>;
   return launch(kernel, shape.grid, shape.block, stream, dy, dx, layout, key, offset,
                 rate_source<acc_t<T>>(p, p_on_device, true), Partials<Value>::at(workspace, columns), d_bias);
 }

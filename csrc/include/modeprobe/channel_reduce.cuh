@@ -112,7 +112,7 @@ struct ReduceShape {
   dim3 grid, block;
 };
 
-constexpr int kReduceBlocks = 4;  // resident per multiprocessor
+constexpr int kReduceBlocks = 4;  // per multiprocessor, at most
 
 inline unsigned power_of_two_at_least(int64_t wanted, unsigned most) {
   unsigned found = 1;
@@ -121,9 +121,9 @@ inline unsigned power_of_two_at_least(int64_t wanted, unsigned most) {
 }
 
 // channels_per_thread: neighbouring channels that a thread reduces (channels last), or 0: a block per
-// channel.
-inline ReduceShape reduce_shape(const Layout& layout, int channels_per_thread) {
-  const int64_t resident = int64_t(multiprocessors()) * kReduceBlocks;
+// channel. blocks: that reside on a multiprocessor.
+inline ReduceShape reduce_shape(const Layout& layout, int channels_per_thread, int blocks = kReduceBlocks) {
+  const int64_t resident = int64_t(multiprocessors()) * blocks;
   unsigned x = 1;
   int64_t groups = layout.c, items;
   if (channels_per_thread) {

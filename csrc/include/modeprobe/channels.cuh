@@ -11,6 +11,9 @@ namespace modeprobe {
 struct Layout {
   int64_t n, c, s;
 
+  // Positions of a contiguous row, at most: cursors count them in 32 bits.
+  static constexpr int64_t kLongestRow = int64_t{1} << 31;
+
   MODEPROBE_HD int64_t elements() const { return n * c * s; }
   MODEPROBE_HD int64_t per_channel() const { return n * s; }
 };
@@ -57,12 +60,19 @@ struct Raw<T, 1> {
   __device__ __forceinline__ void unpack_to(acc_t<T>* out) const { *out = widen(value); }
 };
 
-// What a multiprocessor must wait for at a time, to keep memory busy: bandwidth times latency.
-constexpr int kBytesInFlight = 25 << 10;
+// What a multiprocessor must wait for at a time, to keep memory busy: bandwidth times latency. CUB's
+// transform asks for 16 KiB on an A100, 32 on an H100 and 48 on an H200 (arch_to_min_bytes_in_flight).
+constexpr int kBytesInFlight = 48 << 10;
 // That many loads of `bytes` each by every thread, where `blocks` reside.
 constexpr int in_flight(int bytes, int blocks) {
   const int once = bytes * kThreads * blocks;
   return (kBytesInFlight + once - 1) / once;
+}
+
+// The same through shared memory, of which a block's static part also holds other things.
+constexpr int ring_depth(int bytes, int blocks) {
+  const int wanted = in_flight(bytes, blocks), most = (32 << 10) / (bytes * kThreads);
+  return wanted < most ? wanted : most;
 }
 
 // A thread's own slots in shared memory, of `count` elements each. No other thread looks at them, so that no

@@ -132,8 +132,9 @@ cudaError_t launch_dropout_forward(const T* x, T* y, int64_t n, const int64_t* k
                                    const void* p_on_device, bool scaled, cudaStream_t stream) {
   if (n == 0) return cudaSuccess;
   const int64_t chunks = n / kLanesPerChunk + 2;
-  return launch(dropout_forward_kernel<T>, dim3(grid_stride_blocks(chunks, kDropoutBlocks<T>)),
-                dim3(kThreads), stream, x, y, n, key, offset, rate_source<acc_t<T>>(p, p_on_device, scaled));
+  const auto kernel = dropout_forward_kernel<T>;
+  return launch(kernel, dim3(grid_stride_blocks(kernel, chunks, kDropoutBlocks<T>)), dim3(kThreads), stream,
+                x, y, n, key, offset, rate_source<acc_t<T>>(p, p_on_device, scaled));
 }
 
 // keep(offset + j) for j < n, as bytes 0 and 1.
@@ -159,7 +160,8 @@ inline cudaError_t launch_dropout_mask(uint8_t* mask, int64_t n, const int64_t* 
                                        double p, const void* p_on_device, cudaStream_t stream) {
   if (n == 0) return cudaSuccess;
   const int64_t chunks = n / kLanesPerChunk + 2;
-  return launch(dropout_mask_kernel, dim3(grid_stride_blocks(chunks, kDropoutBlocks<uint8_t>)),
+  return launch(dropout_mask_kernel,
+                dim3(grid_stride_blocks(dropout_mask_kernel, chunks, kDropoutBlocks<uint8_t>)),
                 dim3(kThreads), stream, mask, n, key, offset, rate_source<float>(p, p_on_device, false));
 }
 

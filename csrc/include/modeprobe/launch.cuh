@@ -78,11 +78,26 @@ cudaError_t launch(void (*kernel)(Params...), dim3 grid, dim3 block, cudaStream_
   return launch_with_shared(kernel, grid, block, 0, 0, stream, args...);
 }
 
-// Blocks for a grid-stride loop over `items`, one per thread and step: no more than stay resident.
-inline unsigned grid_stride_blocks(int64_t items, int resident_per_multiprocessor) {
-  const int64_t wanted = (items + kThreads - 1) / kThreads;
-  const int64_t most = int64_t(multiprocessors()) * resident_per_multiprocessor;
-  return unsigned(wanted < 1 ? 1 : wanted < most ? wanted : most);
+// Blocks of a kernel that reside on a multiprocessor together, no more than `most`. A grid of a few more than
+// the GPU holds would end in a wave that leaves most of it idle.
+template <typename... Params>
+int resident_blocks(void (*kernel)(Params...), int most) {
+#if !defined(MODEPROBE_EMULATOR)
+  int found = 0;
+  if (cudaOccupancyMaxActiveBlocksPerMultiprocessor(&found, kernel, kThreads, 0) == cudaSuccess && found > 0)
+    return found < most ? found : most;
+#endif
+  return most;
+}
+
+// Blocks for a grid-stride loop over `items`, one per thread and step: no more than stay resident, nor than
+// `most` on a multiprocessor.
+template <typename... Params>
+unsigned grid_stride_blocks(void (*kernel)(Params...), int64_t items, int most) {
+  const int64_t wanted = (items + kThreads - 1) / kThreads, least = multiprocessors();
+  if (wanted <= least) return unsigned(wanted < 1 ? 1 : wanted);
+  const int64_t room = least * resident_blocks(kernel, most);
+  return unsigned(wanted < room ? wanted : room);
 }
 
 }  // namespace modeprobe

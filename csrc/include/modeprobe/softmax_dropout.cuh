@@ -45,13 +45,38 @@ struct RowChunks {
   }
 };
 
+// Calls use(r, raw) for the chunks of a row, kChunksTogether of which are on their way at a time; raw: the
+// chunk's elements of each tensor.
+constexpr int kChunksTogether = 2;
+template <typename T, typename Use, typename... Rest>
+__device__ __forceinline__ void for_chunks(RowChunks r, int64_t n, bool aligned, Use&& use, const T* x,
+                                           Rest... rest) {
+  constexpr int kTensors = 1 + sizeof...(rest);
+  const T* const from[kTensors] = {x, rest...};
+  while (!r.done()) {
+    Raw<T, kLanesPerChunk> raw[kChunksTogether][kTensors];
+    RowChunks ahead = r;
+#pragma unroll
+    for (int k = 0; k < kChunksTogether; ++k, ahead.advance()) {
+      if (ahead.done()) continue;
+#pragma unroll
+      for (int t = 0; t < kTensors; ++t)
+        raw[k][t].load(from[t], ahead.at(), n, aligned && ahead.at() + kLanesPerChunk <= n);
+    }
+#pragma unroll
+    for (int k = 0; k < kChunksTogether; ++k, r.advance())
+      if (!r.done()) use(r, raw[k]);
+  }
+}
+
+// Scores of one chunk with the mask applied; -inf outside the row.
 template <typename T>
-__device__ __forceinline__ void load_scores(const T* scores, const ScoreMask& mask, int64_t mask_base,
-                                            const RowChunks& r, int64_t n, bool aligned, acc_t<T>* value) {
+__device__ __forceinline__ void unpack_scores(const Raw<T, kLanesPerChunk>& raw, const ScoreMask& mask,
+                                              int64_t mask_base, const RowChunks& r, acc_t<T>* value) {
   using acc = acc_t<T>;
   constexpr int kLanes = kLanesPerChunk;
   const acc nothing = -acc(INFINITY);
-  load_at<T, kLanes>(scores, r.at(), n, aligned && r.at() + kLanes <= n, value);
+  raw.unpack_to(value);
 #pragma unroll
   for (int i = 0; i < kLanes; ++i) {
     if (!r.inside(i)) {
@@ -92,19 +117,23 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 2)
        row += int64_t(gridDim.x) * blockDim.y) {
     const int64_t mask_base = mask.data ? mask.row_base(row) : 0;
     acc most = -acc(INFINITY), sum = 0;
-    for (RowChunks r(row, length); !r.done(); r.advance()) {
-      acc value[kLanes];
-      load_scores(scores, mask, mask_base, r, n, aligned, value);
-      acc here = most;
+    const RowChunks chunks(row, length);
+    for_chunks(
+        chunks, n, aligned,
+        [&](const RowChunks& r, const auto& raw) {
+          acc value[kLanes];
+          unpack_scores(raw[0], mask, mask_base, r, value);
+          acc here = most;
 #pragma unroll
-      for (int i = 0; i < kLanes; ++i) here = value[i] > here || value[i] != value[i] ? value[i] : here;
-      if (here == -acc(INFINITY)) continue;
-      acc part = 0;
+          for (int i = 0; i < kLanes; ++i) here = value[i] > here || value[i] != value[i] ? value[i] : here;
+          if (here == -acc(INFINITY)) return;
+          acc part = 0;
 #pragma unroll
-      for (int i = 0; i < kLanes; ++i) part += exp(value[i] - here);
-      sum = (most == -acc(INFINITY) ? acc(0) : sum * exp(most - here)) + part;
-      most = here;
-    }
+          for (int i = 0; i < kLanes; ++i) part += exp(value[i] - here);
+          sum = (most == -acc(INFINITY) ? acc(0) : sum * exp(most - here)) + part;
+          most = here;
+        },
+        scores);
     for (int half = kWarp / 2; half > 0; half /= 2) {
       const acc other_most = __shfl_xor_sync(kFullWarp, most, half),
                 other = __shfl_xor_sync(kFullWarp, sum, half);
@@ -118,18 +147,21 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 2)
     most = __shfl_sync(kFullWarp, most, 0);
     sum = __shfl_sync(kFullWarp, sum, 0);
     const acc inverse = sum == acc(0) ? acc(0) : acc(1) / sum;
-    for (RowChunks r(row, length); !r.done(); r.advance()) {
-      acc value[kLanes];
-      load_scores(scores, mask, mask_base, r, n, aligned, value);
+    for_chunks(
+        chunks, n, aligned,
+        [&](const RowChunks& r, const auto& raw) {
+          acc value[kLanes];
+          unpack_scores(raw[0], mask, mask_base, r, value);
 #pragma unroll
-      for (int i = 0; i < kLanes; ++i)
-        value[i] = most == -acc(INFINITY) ? acc(0) : exp(value[i] - most) * inverse;
-      if (probabilities) store_row(probabilities, r, out_aligned, value);
-      const uint32_t keep = keep_bits_from(key, rate, offset + uint64_t(r.at()));
+          for (int i = 0; i < kLanes; ++i)
+            value[i] = most == -acc(INFINITY) ? acc(0) : exp(value[i] - most) * inverse;
+          if (probabilities) store_row(probabilities, r, out_aligned, value);
+          const uint32_t keep = keep_bits_from(key, rate, offset + uint64_t(r.at()));
 #pragma unroll
-      for (int i = 0; i < kLanes; ++i) value[i] = keep >> i & 1 ? value[i] * rate.scale : acc(0);
-      store_row(y, r, out_aligned, value);
-    }
+          for (int i = 0; i < kLanes; ++i) value[i] = keep >> i & 1 ? value[i] * rate.scale : acc(0);
+          store_row(y, r, out_aligned, value);
+        },
+        scores);
   }
 }
 
@@ -145,10 +177,9 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 2)
   const Rate<acc> rate = resolve(source);
   const int64_t n = rows * length;
   const bool aligned = is_aligned(dy) && is_aligned(probabilities), out_aligned = is_aligned(ds);
-  const auto load = [&](const RowChunks& r, acc* d, acc* p) {
-    const bool whole = aligned && r.at() + kLanes <= n;
-    load_at<T, kLanes>(dy, r.at(), n, whole, d);
-    load_at<T, kLanes>(probabilities, r.at(), n, whole, p);
+  const auto unpack = [&](const RowChunks& r, const auto& raw, acc* d, acc* p) {
+    raw[0].unpack_to(d);
+    raw[1].unpack_to(p);
     const uint32_t keep = keep_bits_from(key, rate, offset + uint64_t(r.at()));
 #pragma unroll
     for (int i = 0; i < kLanes; ++i) d[i] = keep >> i & 1 ? d[i] * rate.scale : acc(0);
@@ -156,22 +187,29 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 2)
   for (int64_t row = int64_t(blockIdx.x) * blockDim.y + threadIdx.y; row < rows;
        row += int64_t(gridDim.x) * blockDim.y) {
     acc sum = 0;
-    for (RowChunks r(row, length); !r.done(); r.advance()) {
-      acc d[kLanes], p[kLanes], part = 0;
-      load(r, d, p);
+    const RowChunks chunks(row, length);
+    for_chunks(
+        chunks, n, aligned,
+        [&](const RowChunks& r, const auto& raw) {
+          acc d[kLanes], p[kLanes], part = 0;
+          unpack(r, raw, d, p);
 #pragma unroll
-      for (int i = 0; i < kLanes; ++i)
-        if (r.inside(i)) part += d[i] * p[i];
-      sum += part;
-    }
+          for (int i = 0; i < kLanes; ++i)
+            if (r.inside(i)) part += d[i] * p[i];
+          sum += part;
+        },
+        dy, probabilities);
     for (int half = kWarp / 2; half > 0; half /= 2) sum += __shfl_xor_sync(kFullWarp, sum, half);
-    for (RowChunks r(row, length); !r.done(); r.advance()) {
-      acc d[kLanes], p[kLanes];
-      load(r, d, p);
+    for_chunks(
+        chunks, n, aligned,
+        [&](const RowChunks& r, const auto& raw) {
+          acc d[kLanes], p[kLanes];
+          unpack(r, raw, d, p);
 #pragma unroll
-      for (int i = 0; i < kLanes; ++i) d[i] = p[i] * (d[i] - sum);
-      store_row(ds, r, out_aligned, d);
-    }
+          for (int i = 0; i < kLanes; ++i) d[i] = p[i] * (d[i] - sum);
+          store_row(ds, r, out_aligned, d);
+        },
+        dy, probabilities);
   }
 }
 

@@ -140,8 +140,8 @@ cudaError_t launch_structured_dropout(const T* x, T* y, int64_t n, const MaskWal
   if (n == 0) return cudaSuccess;
   const auto kernel = walk.dims ? structured_dropout_kernel<T, true> : structured_dropout_kernel<T, false>;
   const auto affine = alpha ? alpha_source<acc>(p, linear) : AffineSource<acc>{};
-  return launch(kernel, dim3(grid_stride_blocks(n / kLanesPerChunk + 1, 4)), dim3(kThreads), stream, x, y, n,
-                walk, key, offset, rate_source<acc>(p, p_on_device, scaled), affine);
+  return launch(kernel, dim3(grid_stride_blocks(kernel, n / kLanesPerChunk + 1, 4)), dim3(kThreads), stream,
+                x, y, n, walk, key, offset, rate_source<acc>(p, p_on_device, scaled), affine);
 }
 
 }  // namespace modeprobe
