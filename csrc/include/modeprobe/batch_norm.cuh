@@ -16,27 +16,35 @@ constexpr int kElementwiseBlocks = 4;  // per multiprocessor, at most
 template <typename T, bool channels_last, bool plain>
 constexpr int kGradientResident = channels_last ? kResident<T, plain> - (sizeof(T) < 8) : kResident<T, plain>;
 
-// Calls apply(first, channel) for each channel of the cursor's chunk: lanes from `first` on are that
-// channel's until the next call. Almost always once, with first a constant 0.
-template <typename Apply>
+// Neighbouring elements that a thread handles together. Float32 in packets: the copies into shared memory go
+// past L1, and with two packets per thread each would fetch its 32-byte sectors for half of their bytes. With
+// an epilogue a chunk, whose bits belong together.
+template <typename T, bool plain>
+constexpr int kTogether = plain && sizeof(T) == 4 ? kPacket<T> : kLanesPerChunk;
+
+// Calls apply(first, channel) for each channel of the cursor's `count` elements: lanes from `first` on are
+// that channel's until the next call. Almost always once, with first a constant 0.
+template <int count, typename Apply>
 __device__ __forceinline__ void for_channels(const Layout& layout, const Cursor& cursor, Apply&& apply) {
   apply(std::integral_constant<int, 0>{}, cursor.channel);
   uint32_t channel = cursor.channel;
-  for (int64_t first = layout.s - cursor.column; first < kLanesPerChunk; first += layout.s) {
-    channel = channel + 1 == layout.c ? 0 : channel + 1;
+  const uint32_t row = uint32_t(layout.s);
+  for (uint32_t first = row - cursor.column; first < count; first += row) {
+    channel = channel + 1 == uint32_t(layout.c) ? 0 : channel + 1;
     apply(int(first), channel);
   }
 }
 
-// The chunks of a thread. With channels last the stride is a multiple of the period after which the
-// channels of a chunk come again, so that a thread's lanes keep theirs, whatever the channel count.
+// The chunks of `count` elements of a thread. With channels last the stride is a multiple of the period after
+// which the channels of a chunk come again, so that a thread's lanes keep theirs, whatever the channel count.
+template <int count>
 struct ChunkWalk {
   int64_t chunk, stride, chunks;
 
   __device__ __forceinline__ ChunkWalk(const Layout& layout, int64_t period) {
     const int64_t thread = int64_t(blockIdx.x) * kThreads + threadIdx.x,
                   threads = int64_t(gridDim.x) * kThreads;
-    chunks = (layout.elements() + kLanesPerChunk - 1) / kLanesPerChunk;
+    chunks = (layout.elements() + count - 1) / count;
     stride = threads / period * period;
     chunk = thread < stride ? thread : chunks;
   }
@@ -47,7 +55,7 @@ __global__ void __launch_bounds__(kThreads, kResident<T, plain>)
     batch_norm_normalize_kernel(const T* x, T* y, Layout layout, int64_t period,
                                 ChannelParameters<T> parameters, acc_t<T>* statistics, Epilogue<T> epilogue) {
   using acc = acc_t<T>;
-  constexpr int kLanes = kLanesPerChunk;
+  constexpr int kLanes = kTogether<T, plain>;
   const EpilogueContext<T> context(plain ? Epilogue<T>{} : epilogue);
   const int64_t elements = layout.elements();
   const bool aligned = is_aligned(x) && is_aligned(y) && is_aligned(context.e.residual);
@@ -58,7 +66,7 @@ __global__ void __launch_bounds__(kThreads, kResident<T, plain>)
       statistics[layout.c + c] = parameters.invstd(c);
     }
   }
-  ChunkWalk walk(layout, period);
+  ChunkWalk<kLanes> walk(layout, period);
   if (walk.chunk >= walk.chunks) return;
   Cursor cursor(layout, walk.chunk * kLanes, walk.stride * kLanes);
   acc mean[kLanes], scale[kLanes], shift[kLanes];
@@ -82,7 +90,7 @@ __global__ void __launch_bounds__(kThreads, kResident<T, plain>)
 #pragma unroll
       for (int i = 0; i < kLanes; ++i) out[i] = (value[i] - mean[i]) * scale[i] + shift[i];
     } else {
-      for_channels(layout, cursor, [&](auto first, uint32_t c) {
+      for_channels<kLanes>(layout, cursor, [&](auto first, uint32_t c) {
         const acc m = parameters.mean.load(c), s = parameters.scale(c), b = parameters.shift(c);
 #pragma unroll
         for (int i = 0; i < kLanes; ++i)
@@ -104,12 +112,12 @@ __global__ void __launch_bounds__(kThreads, kGradientResident<T, channels_last, 
                                      int64_t period, ChannelParameters<T> parameters, const acc_t<T>* sums,
                                      acc_t<T> share, Epilogue<T> epilogue) {
   using acc = acc_t<T>;
-  constexpr int kLanes = kLanesPerChunk;
+  constexpr int kLanes = kTogether<T, plain>;
   const EpilogueContext<T> context(plain ? Epilogue<T>{} : epilogue);
   const int64_t elements = layout.elements();
   const bool aligned = is_aligned(x) && is_aligned(dy) && is_aligned(dx) && is_aligned(d_residual) &&
                        is_aligned(context.e.residual);
-  ChunkWalk walk(layout, period);
+  ChunkWalk<kLanes> walk(layout, period);
   if (walk.chunk >= walk.chunks) return;
   Cursor cursor(layout, walk.chunk * kLanes, walk.stride * kLanes);
   const auto a_of = [&](uint32_t c) { return sums ? sums[c] * share : acc(0); };
@@ -146,7 +154,7 @@ __global__ void __launch_bounds__(kThreads, kGradientResident<T, channels_last, 
         less[i] = a[i] + v * b[i];
       }
     } else {
-      for_channels(layout, cursor, [&](auto first, uint32_t c) {
+      for_channels<kLanes>(layout, cursor, [&](auto first, uint32_t c) {
         const acc m = parameters.mean.load(c), s = parameters.scale(c),
                   h = plain ? acc(0) : parameters.shift(c);
         const acc a_c = a_of(c), b_c = b_of(c);
@@ -234,11 +242,12 @@ struct ElementwiseShape {
   int64_t period;
 };
 
+// together: kTogether of the kernel.
 template <typename... Params>
-ElementwiseShape elementwise_shape(void (*kernel)(Params...), const Layout& layout, bool channels_last) {
-  const int64_t period = channels_last ? layout.c / std::gcd(layout.c, int64_t{kLanesPerChunk}) : 1;
-  const unsigned blocks =
-      grid_stride_blocks(kernel, layout.elements() / kLanesPerChunk + 1, kElementwiseBlocks);
+ElementwiseShape elementwise_shape(void (*kernel)(Params...), int64_t together, const Layout& layout,
+                                   bool channels_last) {
+  const int64_t period = channels_last ? layout.c / std::gcd(layout.c, together) : 1;
+  const unsigned blocks = grid_stride_blocks(kernel, layout.elements() / together + 1, kElementwiseBlocks);
   const unsigned least = unsigned((period + kThreads - 1) / kThreads);
   return {dim3(blocks > least ? blocks : least), period};
 }
@@ -253,7 +262,8 @@ cudaError_t launch_batch_norm_normalize(const T* x, T* y, const Layout& layout, 
                                             : batch_norm_normalize_kernel<T, true, false>
                       : plain       ? batch_norm_normalize_kernel<T, false, true>
                                     : batch_norm_normalize_kernel<T, false, false>;
-  const auto [grid, period] = elementwise_shape(kernel, layout, channels_last);
+  const auto [grid, period] =
+      elementwise_shape(kernel, plain ? kTogether<T, true> : kTogether<T, false>, layout, channels_last);
   return launch(kernel, grid, dim3(kThreads), stream, x, y, layout, period, parameters, statistics, epilogue);
 }
 
@@ -296,7 +306,8 @@ cudaError_t launch_batch_norm_input_gradient(const T* dy, const T* x, T* dx, T* 
                                             : batch_norm_input_gradient_kernel<T, true, false>
                       : plain       ? batch_norm_input_gradient_kernel<T, false, true>
                                     : batch_norm_input_gradient_kernel<T, false, false>;
-  const auto [grid, period] = elementwise_shape(kernel, layout, channels_last);
+  const auto [grid, period] =
+      elementwise_shape(kernel, plain ? kTogether<T, true> : kTogether<T, false>, layout, channels_last);
   return launch(kernel, grid, dim3(kThreads), stream, dy, x, dx, d_residual, layout, period, parameters, sums,
                 share, epilogue);
 }

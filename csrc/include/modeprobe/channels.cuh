@@ -201,13 +201,14 @@ struct Cursor {
         channel_step(uint32_t(stride / layout.s % layout.c)) {}
 
   __device__ __forceinline__ void advance(const Layout& layout) {
+    const uint32_t row = uint32_t(layout.s), channels = uint32_t(layout.c);
     column += column_step;
     channel += channel_step;
-    if (column >= layout.s) {
-      column -= uint32_t(layout.s);
+    if (column >= row) {
+      column -= row;
       ++channel;
     }
-    if (channel >= layout.c) channel -= uint32_t(layout.c);
+    if (channel >= channels) channel -= channels;
   }
 
   // The channel of the element `lane` further on.
