@@ -95,7 +95,7 @@ struct Slots {
 #pragma unroll
     for (int k = 0; k < kPackets; ++k, first += kPacket<T>) {
       if (whole) {
-        copy_packet_async(at(slot, k), from + first);
+        copy_packet_async<(kPackets > 1)>(at(slot, k), from + first);
       } else {
         acc_t<T> value[kPacket<T>];
         load_at<T, kPacket<T>>(from, first, end, false, value);

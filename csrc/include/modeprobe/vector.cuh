@@ -55,10 +55,21 @@ __device__ __forceinline__ void store_packet(void* to, Packet packet) {
 }
 
 // From global into shared memory, past the registers. Copies form groups, in the order of the calls; waiting
-// makes a group visible to the thread that asked for it, and to no other.
+// makes a group visible to the thread that asked for it, and to no other. Past L1, too, unless a neighbouring
+// packet is copied next: the 32 bytes that the two share would be fetched twice.
+template <bool with_neighbour>
 __device__ __forceinline__ void copy_packet_async(Packet* shared, const void* from) {
   MODEPROBE_CHECK_ALIGNED(from, kPacketBytes);
   MODEPROBE_CHECK_ALIGNED(shared, kPacketBytes);
+#if defined(__CUDA_ARCH__)
+  if constexpr (with_neighbour) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 16;"
+                 :
+                 : "r"(uint32_t(__cvta_generic_to_shared(shared))), "l"(__cvta_generic_to_global(from))
+                 : "memory");
+    return;
+  }
+#endif
   __pipeline_memcpy_async(shared, from, kPacketBytes);
 }
 __device__ __forceinline__ void end_copy_group() { __pipeline_commit(); }
