@@ -4,7 +4,8 @@
 #   make lint   ruff, mypy, clang-format, the wall test
 #   make bench  benchmarks against peers (QUICK=1 for a short run, PUBLISH=1 to refresh README.md and docs/)
 #   make kernels  registers, vector accesses and instructions of every GPU kernel, from the compilers
-#   make gpu    on a machine with an NVIDIA GPU, offline: build, test, sanitize, measure (STEPS=tests,bench)
+#   make gpu    on a machine with an NVIDIA GPU, offline: build, test, measure, sanitize, profile (STEPS=tests,bench
+#               TOTAL=seconds ARCHIVE=results.tar.gz; STEPS=build ARCH=9.0 builds ahead, without that GPU)
 
 PYTHON ?= python3
 # The version that the tests were last run with; any torch from 2.10 on will do: make demo TORCH=torch
@@ -42,7 +43,8 @@ kernels: $(VENV)/.test
 	$(BIN)/python -m modeprobe.benchmarks.kernels
 
 gpu:
-	$(PYTHON) -m benchmarks.gpu $(if $(STEPS),--steps $(STEPS))
+	$(PYTHON) -m benchmarks.gpu $(if $(STEPS),--steps $(STEPS)) $(if $(TOTAL),--total $(TOTAL)) \
+		$(if $(ARCHIVE),--archive $(ARCHIVE)) $(if $(ARCH),--arch $(ARCH))
 
 $(VENV)/.venv:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \

@@ -6,7 +6,7 @@ import functools
 import importlib
 import json
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -63,9 +63,25 @@ def priority(work: Work, device: str) -> int:
             continue
         if fits(work.name, target):
             return 0
-        if "group" in target and any(fnmatchcase(name, target["group"]) for name in work.groups):
+        if speaks_of(target, work.name, work.groups):
             best = 1
     return best
+
+
+def compared(work: Work, device: str) -> frozenset[str]:
+    """What the targets for ``device`` that speak of a work compare it with."""
+    return frozenset(
+        bound["against"]
+        for target in targets()
+        if target["device"] == device and speaks_of(target, work.name, work.groups)
+        for bound in target["bounds"]
+    )
+
+
+def speaks_of(target: dict[str, Any], name: str, groups: Iterable[str]) -> bool:
+    if "group" in target:
+        return any(fnmatchcase(group, target["group"]) for group in groups)
+    return fits(name, target)
 
 
 def named(results: Results) -> list[tuple[str, dict[str, dict[str, Any]]]]:
@@ -172,14 +188,13 @@ def sass_instructions() -> dict[str, float]:
 
 
 def matching(target: dict[str, Any], results: Results) -> list[dict[str, Any]]:
-    def speaks_of(row: dict[str, Any]) -> bool:
-        if row["device"] != target["device"] or row["provider"] != "modeprobe":
-            return False
-        if "group" in target:
-            return any(fnmatchcase(group, target["group"]) for group in row["groups"])
-        return fits(row["work"], target)
-
-    return [row for row in results["results"] if speaks_of(row)]
+    return [
+        row
+        for row in results["results"]
+        if row["device"] == target["device"]
+        and row["provider"] == "modeprobe"
+        and speaks_of(target, row["work"], row["groups"])
+    ]
 
 
 def measured(row: dict[str, Any], bound: dict[str, Any]) -> list[float] | None:

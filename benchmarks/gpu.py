@@ -1,14 +1,20 @@
-"""One command for a machine with an NVIDIA GPU: build, test, sanitize, measure. ``make gpu``.
+"""One command for a machine with an NVIDIA GPU: build, test, measure, sanitize, profile. ``make gpu``.
 
 Runs from a source checkout with what is installed, offline, and installs nothing: the package is built into
-``.cache/gpu`` beside links to the sources. Every step has a time limit, a step that fails does not stop the
-next, and results are written as they come, to ``benchmarks/results/<gpu>/``. Without a GPU the same driver
-runs its steps on the CPU, as a rehearsal. The standard library is all that this file needs.
+``.cache/gpu`` beside links to the sources, and a library that was built from the same sources is used again,
+also one built elsewhere with ``--arch`` and brought along in ``.cache/gpu/library``. Every step has a time
+limit, a step that fails does not stop the next, and results are written as they come, to
+``benchmarks/results/<gpu>/`` and, packed, to ``--archive``. Without a GPU the same driver runs its steps on
+the CPU, as a rehearsal. The standard library is all that this file needs.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import csv
+import hashlib
+import io
 import json
 import os
 import re
@@ -16,16 +22,19 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
+import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 TOTAL = 525.0  # seconds; what is left after a slow step is what the next one gets
 NUMBERS = 10
+PACKED = 10.0  # seconds between two packings of the results while a step runs
 
 
 @dataclass
@@ -47,8 +56,11 @@ class Session:
     results: Path
     site: Path
     bench: list[str] = field(default_factory=list)
+    archive: Path | None = None
+    arch: str | None = None  # to build for, instead of the visible GPU's
     until: float = 0.0
     outcomes: list[Outcome] = field(default_factory=list)
+    packing: Any = field(default_factory=threading.Lock)
 
     def environment(self) -> dict[str, str]:
         def before(name: str, *folders: Path) -> str:
@@ -62,6 +74,22 @@ class Session:
             "PYTHONPATH": before("PYTHONPATH", self.site, ROOT),
             "PATH": before("PATH", Path(sys.executable).parent),  # ninja beside an interpreter not activated
         }
+
+    def pack(self) -> None:
+        """The results so far in one file: a machine that goes away leaves what was there ten seconds ago."""
+        if self.archive is None:
+            return
+        with self.packing, contextlib.suppress(OSError):
+            part = self.archive.with_name(self.archive.name + ".part")
+            self.archive.parent.mkdir(parents=True, exist_ok=True)
+            with tarfile.open(part, "w:gz") as packed:
+                for path in sorted(self.results.iterdir()):
+                    if path.suffix in (".json", ".log", ".md") and not path.name.startswith("."):
+                        content = path.read_bytes()  # a log may grow meanwhile
+                        entry = tarfile.TarInfo(f"{self.results.name}/{path.name}")
+                        entry.size, entry.mtime = len(content), int(time.time())
+                        packed.addfile(entry, io.BytesIO(content))
+            part.replace(self.archive)
 
     def python(self, *arguments: str) -> list[str]:
         # Not the working directory but .cache/gpu comes first on the path.
@@ -88,15 +116,25 @@ def run(session: Session, name: str, command: Sequence[str], limit: float, **cha
             )
         except OSError as error:
             return Outcome(name, "failed", 0.0, str(error))
-        try:
-            status = process.wait(timeout=max(limit, 0.1))
-        except subprocess.TimeoutExpired:
+        status = None
+        while status is None and (left := limit - (time.monotonic() - start)) > 0:
+            status = exited(process, min(left, PACKED))
+            session.pack()
+        if status is None:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
             return Outcome(name, "timeout", time.monotonic() - start, f"stopped after {limit:.0f} s")
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
     note = lines[-1][:140] if len(lines) > 1 else ""
     return Outcome(name, "ok" if status == 0 else "failed", time.monotonic() - start, note)
+
+
+def exited(process: subprocess.Popen, seconds: float) -> int | None:
+    """The status that the process ends with within ``seconds``."""
+    try:
+        return process.wait(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        return None
 
 
 def lay_out(session: Session) -> None:
@@ -115,23 +153,54 @@ def lay_out(session: Session) -> None:
             (site / name).symlink_to(ROOT / name)
 
 
+def fingerprint(arch: str) -> str:
+    """Of what a library is built from, and for which architecture."""
+    found = hashlib.sha256(arch.encode())
+    for path in (ROOT / "setup.py", *sorted((ROOT / "csrc").rglob("*.*"))):
+        found.update(str(path.relative_to(ROOT)).encode() + path.read_bytes())
+    return found.hexdigest()
+
+
+def works(session: Session, limit: float) -> bool:
+    """Whether the library in place loads here and, with a GPU, runs there."""
+    code = "import torch, modeprobe as m; from modeprobe import _extension as e; assert e.built_for('cuda')"
+    if session.device == "cuda":
+        code += "; k = m.mask.key(1, device='cuda'); torch.ops.modeprobe.dropout(k.float(), k, 0.5).cpu()"
+    return run(session, "library", session.python("-c", code), limit).verdict == "ok"
+
+
 def build(session: Session, limit: float) -> Outcome:
     lay_out(session)
-    changes = {"MODEPROBE_CUDA": "1", "MAX_JOBS": str(os.cpu_count() or 1)}
-    if session.device == "cuda":
-        changes["TORCH_CUDA_ARCH_LIST"] = capability() or "9.0"
-    else:
+    start = time.monotonic()
+    place, kept = session.site / "modeprobe", session.site / "library"
+    arch = session.arch or (capability() or "9.0" if session.device == "cuda" else None)
+    if arch is None:
         here = sorted((ROOT / "modeprobe").glob("_C*.so"))
         if here:  # a rehearsal does not compile what is there
-            shutil.copy(here[0], session.site / "modeprobe")
+            shutil.copy(here[0], place)
             return Outcome("build", "ok", 0.0, f"rehearsal with {here[0].name}")
-        changes["MODEPROBE_CUDA"] = "0"
+        changes = {"MODEPROBE_CUDA": "0"}
+    else:
+        changes = {"MODEPROBE_CUDA": "1", "TORCH_CUDA_ARCH_LIST": arch}
+        stamp, earlier = kept / "fingerprint", sorted(kept.glob("_C*.so"))
+        if earlier and stamp.is_file() and stamp.read_text() == fingerprint(arch):
+            shutil.copy(earlier[0], place)
+            if works(session, limit / 2):
+                note = f"{earlier[0].name} of the same sources"
+                return Outcome("build", "ok", time.monotonic() - start, note)
+            (place / earlier[0].name).unlink()
     command = session.python("setup.py", "-q", "build_ext", "--inplace")
-    outcome = run(session, "build", command, limit, cwd=session.site, environment=changes)
+    changes["MAX_JOBS"] = str(os.cpu_count() or 1)
+    left = limit - (time.monotonic() - start)
+    outcome = run(session, "build", command, left, cwd=session.site, environment=changes)
     if outcome.verdict == "ok":
-        built = sorted((session.site / "modeprobe").glob("_C*.so"))
+        built = sorted(place.glob("_C*.so"))
         outcome.note = built[0].name if built else ""
         outcome.verdict = "ok" if built else "failed"
+        if built and arch is not None:
+            kept.mkdir(exist_ok=True)
+            shutil.copy(built[0], kept)
+            (kept / "fingerprint").write_text(fingerprint(arch))
     return outcome
 
 
@@ -222,20 +291,87 @@ def sanitizer(session: Session, limit: float) -> Outcome:
 
 
 def bench(session: Session, limit: float) -> Outcome:
-    arguments = ["--device", session.device, "--budget", str(max(10, int(limit) - 20))]
+    arguments = ["--device", session.device, "--budget", str(max(10, int(limit) - 15))]
+    arguments += ["--warm", str(int(limit / 4))] if session.device == "cuda" else []
     arguments += ["--machine", session.machine, "--output", str(session.results.parent), *session.bench]
     return run(session, "bench", session.python("-m", "modeprobe.benchmarks.plain", *arguments), limit)
 
 
-# name: (time limit in seconds, what runs)
-STEPS: dict[str, tuple[float, Callable[[Session, float], Outcome]]] = {
-    "facts": (60, facts),  # a first import reads gigabytes
-    "build": (200, build),  # nothing goes without it
-    "tests": (150, tests),
-    "sanitizer": (90, sanitizer),
-    "bench": (130, bench),
-    "suite": (60, suite),
+# ncu's names, and the columns of profile.md.
+METRICS = {
+    "gpu__time_duration.sum": "us",
+    "dram__throughput.avg.pct_of_peak_sustained_elapsed": "DRAM %",
+    "smsp__issue_active.avg.pct_of_peak_sustained_active": "issue slots %",
+    "sm__inst_executed_pipe_alu.avg.pct_of_peak_sustained_active": "ALU %",
+    "sm__warps_active.avg.pct_of_peak_sustained_active": "occupancy %",
+    "launch__registers_per_thread": "registers",
+    "launch__grid_size": "blocks",
 }
+SCALES = {"nsecond": 1e-3, "ns": 1e-3, "usecond": 1.0, "us": 1.0, "msecond": 1e3, "ms": 1e3}
+
+
+def profile(session: Session, limit: float) -> Outcome:
+    """What bounds the headline kernels, from the GPU's own counters: one line per kernel, in profile.md."""
+    found = [shutil.which("ncu"), shutil.which("ncu", path="/usr/local/cuda/bin")]
+    found += map(str, sorted(Path("/opt/nvidia/nsight-compute").glob("*/ncu"))[-1:])
+    tool = next(filter(None, found), None)
+    if tool is None:
+        return Outcome("profile", "absent", 0.0, "no ncu in the toolkit or on PATH")
+    command = [tool, "--clock-control", "none", "--csv", "--page", "raw", "--metrics", ",".join(METRICS)]
+    command += ["--kernel-name-base", "mangled", "--kernel-name", "regex:modeprobe"]
+    program = session.python("-m", "modeprobe.benchmarks.headline_kernels")
+    outcome = run(session, "profile", [*command, *program], limit)
+    lines = profiled((session.results / "profile.log").read_text(errors="replace"))
+    if lines:
+        (session.results / "profile.md").write_text("\n".join(lines) + "\n")
+        outcome.note = f"{len(lines) - 2} kernels in profile.md"
+    elif outcome.verdict == "ok":
+        outcome.verdict = "failed"  # counters may be closed to this user
+    return outcome
+
+
+def profiled(log: str) -> list[str]:
+    """ncu's raw page as a Markdown table, in the order of the launches."""
+    rows = [line for line in log.splitlines() if line.startswith('"')]
+    units: dict[str, str] = {}
+    lines = []
+    for row in csv.DictReader(rows):
+        if not row.get("ID"):
+            units = row
+            continue
+        cells = [re.sub(r"\(.*", "", row["Kernel Name"]).removeprefix("void ").replace("modeprobe::", "")]
+        for name in METRICS:
+            value = float((row.get(name) or "nan").replace(",", ""))
+            cells.append(f"{value * SCALES.get(units.get(name, ''), 1.0):.4g}")
+        lines.append("| " + " | ".join(cells) + " |")
+    header = ["kernel", *METRICS.values()]
+    return ["| " + " | ".join(header) + " |", "|---" * len(header) + "|", *lines] if lines else []
+
+
+class Step(NamedTuple):
+    """``most``: seconds that it may take. ``kept``: seconds that the steps before it leave to it."""
+
+    run: Callable[[Session, float], Outcome]
+    most: float
+    kept: float = 0.0
+
+
+# The most valuable first: a machine may go away.
+STEPS: dict[str, Step] = {
+    "facts": Step(facts, 60),  # a first import reads gigabytes
+    "build": Step(build, 200),  # nothing goes without it
+    "tests": Step(tests, 150, kept=60),
+    "bench": Step(bench, 400, kept=120),
+    "sanitizer": Step(sanitizer, 90, kept=60),
+    "profile": Step(profile, 45, kept=25),
+    "suite": Step(suite, 60),
+}
+
+
+def limit_of(names: Sequence[str], index: int, left: float) -> float:
+    """Seconds for a step, when ``left`` are left for it and those after it."""
+    step, later = STEPS[names[index]], sum(STEPS[name].kept for name in names[index + 1 :])
+    return min(step.most, max(left - later, min(step.kept, left)))
 
 
 def capability() -> str | None:
@@ -288,6 +424,16 @@ def write(session: Session) -> None:
         lines.append(f"| {one.step} | {one.verdict} | {one.seconds:.0f} | {note} |")
     lines += ["", "```", *numbers(session.results, session.device), "```", ""]
     (session.results / "summary.md").write_text("\n".join(lines))
+    session.pack()
+
+
+def earlier_outcomes(results: Path, names: Sequence[str]) -> list[Outcome]:
+    """How the steps that are not among ``names`` ended when they last ran."""
+    try:
+        found = [Outcome(**one) for one in json.loads((results / "steps.json").read_text())]
+    except (OSError, ValueError, TypeError):
+        return []
+    return [one for one in found if one.step not in names]
 
 
 def chosen_steps(text: str | None) -> list[str]:
@@ -312,26 +458,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--total", type=float, default=TOTAL, help="seconds for everything")
     parser.add_argument("--bench", default="", help="more arguments for the benchmarks")
+    parser.add_argument("--archive", type=Path, help="also pack the results into this file, a .tar.gz")
+    parser.add_argument("--arch", help='build for this GPU ("9.0"), whatever is visible here')
     options = parser.parse_args(arguments)
     names = chosen_steps(options.steps)
     gpu = gpu_name()
     device, machine = ("cuda", slug(gpu)) if gpu else ("cpu", "rehearsal-without-gpu")
-    session = Session(device, machine, options.results / machine, options.site, options.bench.split())
+    session = Session(
+        device,
+        machine,
+        options.results / machine,
+        options.site,
+        options.bench.split(),
+        options.archive,
+        options.arch,
+    )
     session.results.mkdir(parents=True, exist_ok=True)
     session.until = time.monotonic() + options.total
     if not gpu:
         print("No NVIDIA GPU: a rehearsal of the same steps on the CPU.")
     if "build" not in names and not (session.site / "modeprobe").exists():
         names.insert(0, "build")
-    for name in names:
-        limit, step = STEPS[name]
-        limit = min(limit, session.until - time.monotonic())
+    session.outcomes = earlier_outcomes(session.results, names)
+    for index, name in enumerate(names):
+        limit = limit_of(names, index, session.until - time.monotonic())
         print(f"{name} (at most {max(limit, 0):.0f} s) ...", flush=True)
         if limit < 1:
             outcome = Outcome(name, "no time", 0.0, "the steps before took it")
         else:
             try:
-                outcome = step(session, limit)
+                outcome = STEPS[name].run(session, limit)
             except Exception as error:  # the next step runs whatever happens in this one
                 outcome = Outcome(name, "failed", 0.0, f"{type(error).__name__}: {error}")
         session.outcomes.append(outcome)
@@ -341,7 +497,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for outcome in session.outcomes:
         print(f"{outcome.step:<10} {outcome.verdict:<8} {outcome.seconds:6.0f} s  {outcome.note}")
     print("\n" + "\n".join(numbers(session.results, session.device)))
-    return 0 if all(one.verdict in ("ok", "absent") for one in session.outcomes) else 1
+    own = [one for one in session.outcomes if one.step in names]
+    return 0 if all(one.verdict in ("ok", "absent") for one in own) else 1
 
 
 if __name__ == "__main__":

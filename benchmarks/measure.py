@@ -16,6 +16,7 @@ from .registry import Candidate, Problem, Unavailable, Work
 from .timing import Clock, Contender, Limits, Spread, clock_for, race, ratio
 
 MODEPROBE = "modeprobe"
+LEFT_OUT = "left out of this run"
 
 
 @dataclass
@@ -89,7 +90,7 @@ def measure(
     for name, setup in (*problem.candidates.items(), *problem.floors.items()):
         floor = name in problem.floors
         if name in without:
-            rows[name] = row(work, name, device, status="unavailable", reason="left out of this run")
+            rows[name] = row(work, name, device, status="unavailable", reason=LEFT_OUT)
             continue
         rows[name], candidate = prepare(work, device, name, setup, problem, floor)
         if candidate is not None:

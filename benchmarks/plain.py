@@ -13,9 +13,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import results, runner
-from .check import priority
-from .measure import Row
+from . import results, runner, warm
+from .check import compared, priority
+from .measure import LEFT_OUT, Row
 from .registry import Work, all_works, select
 
 
@@ -32,6 +32,17 @@ def line(work: Work, rows: Sequence[Row]) -> str:
     return f"{work.name}: " + ", ".join(parts)
 
 
+def complete(found: results.Results, work: Work, device: str) -> bool:
+    """Whether all that a work's targets need was measured at this commit."""
+    now = results.commit()
+    rows = [row for row in found["results"] if (row["work"], row["device"]) == (work.name, device)]
+    return bool(rows) and all(
+        found["runs"][row["run"]]["commit"] == now
+        and (row["reason"] != LEFT_OUT or row["provider"] not in compared(work, device))
+        for row in rows
+    )
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """0 when something was measured."""
     parser = argparse.ArgumentParser(prog="python -m modeprobe.benchmarks.plain")
@@ -40,35 +51,47 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=None, help="folder of the machines' folders")
     parser.add_argument("--machine", default=None, help="name of the machine's folder")
     parser.add_argument("--works", default=None, help="only works whose name contains or matches this")
+    parser.add_argument("--rest", action="store_true", help="only works without figures of this commit")
     parser.add_argument(
-        "--after", default=None, help="only works that come after this one in the run's order"
+        "--warm", type=float, default=0.0, help="seconds for compiling torch.compile's peers ahead"
     )
     options = parser.parse_args(arguments)
     name = options.machine or results.machine(options.device)["name"]
     path = (options.output or results.default_folder()) / name / "results.json"
-    # What targets speak of comes first: a run that ends early has their verdicts.
-    works = sorted(
-        select(all_works(options.device), options.works), key=lambda work: priority(work, options.device)
-    )
-    names = [work.name for work in works]
-    works = works[names.index(options.after) + 1 if options.after else 0 :]
     found = results.load(path) if path.is_file() else results.empty(options.device)
     start = time.monotonic()
+    # What targets speak of comes first, and of that what an earlier run had no time for: a run that ends
+    # early has their verdicts.
+    works: list[Work] = []
+    again: list[Work] = []
+    for work in select(all_works(options.device), options.works):
+        (again if complete(found, work, options.device) else works).append(work)
+    works = works if options.rest else [*works, *again]
+    works.sort(key=lambda work: (min(priority(work, options.device), 2), work in again))
+    named = [work for work in works if priority(work, options.device) < 2]
     print(f"{len(works)} works, at most {options.budget:.0f} s", flush=True)
-    late = runner.run(
-        works,
-        options.device,
-        found,
-        path,
-        limits=runner.GPU if options.device == "cuda" else runner.FULL,
-        budget=options.budget,
-        report=lambda work, rows: print(f"{time.monotonic() - start:5.0f} s  {line(work, rows)}", flush=True),
-    )
-    if late and options.device == "cuda" and runner.lost():
-        *_, last = [work.name for work in works if work not in late]
-        print(f"The GPU is lost after {last}: a new process goes on", flush=True)
-        left = options.budget - (time.monotonic() - start)
-        os.execv(sys.executable, [*sys.orig_argv, "--budget", str(max(left, 0.0)), "--after", last])
+    if options.warm:
+        compared_with = [work for work in named if runner.COMPILE in compared(work, options.device)]
+        print(warm.warm_up(compared_with, options.device, options.warm), flush=True)
+    late: list[Work] = []
+    # Others get what the targets leave, not a share of it.
+    for part in filter(None, (named, works[len(named) :])):
+        late += runner.run(
+            part,
+            options.device,
+            found,
+            path,
+            limits=runner.GPU if options.device == "cuda" else runner.FULL,
+            budget=options.budget - (time.monotonic() - start),
+            report=lambda work, rows: print(
+                f"{time.monotonic() - start:5.0f} s  {line(work, rows)}", flush=True
+            ),
+        )
+        if late and options.device == "cuda" and runner.lost():
+            left = options.budget - (time.monotonic() - start)
+            print("The GPU is lost: a new process goes on", flush=True)
+            options_now = ["--budget", str(max(left, 0.0)), "--rest", "--warm", "0"]
+            os.execv(sys.executable, [*sys.orig_argv, *options_now])
     if late:
         print(f"No time was left for {len(late)} works, {late[0].name} the first")
     print(f"{len(works) - len(late)} works measured: {path}")

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from . import allocator, results, rivals
-from .check import check, priority
+from .check import check, compared, priority
 from .compiled import first_line
 from .measure import MODEPROBE, Row, measure, row
 from .registry import Work
@@ -21,8 +21,9 @@ from .timing import Clock, Limits
 FULL = Limits(seconds=3.0, least_rounds=7, most_rounds=60, longest=9.0)
 GPU = Limits(seconds=1.0, least_rounds=10, most_rounds=60)
 QUICK = Limits(seconds=0.8, least_rounds=3, most_rounds=20, sample_seconds=1e-3)
+COMPILE = "torch.compile"
 # What a torch.compile peer costs before it can be timed, until one has shown it: with less time per work
-# it is left out.
+# it is left out, unless a target compares the work with it.
 COMPILE_SECONDS = 3.0
 TIMING_SHARE = 0.6  # of the time left per work; the rest goes to inputs, references and compilation
 # Parts of the time left: a target's work counts double, and compiling one takes as much again.
@@ -90,8 +91,9 @@ def run(
                 return list(works[index:])
             share = remaining * weights[index] / sum(weights[index:])
             own = within(limits, TIMING_SHARE * share)
-            if share < (median(compiling) if compiling else COMPILE_SECONDS):
-                left.append("torch.compile")
+            cost = median(compiling) if compiling else COMPILE_SECONDS
+            if share < cost and COMPILE not in compared(work, device):
+                left.append(COMPILE)
         try:
             rows = measure(work, device, own, clock=clock, without=left)
         except Exception as error:
@@ -100,7 +102,7 @@ def run(
         compiling += [
             item.setup_seconds
             for item in rows
-            if item.provider == "torch.compile" and item.status == "ok" and item.setup_seconds is not None
+            if item.provider == COMPILE and item.status == "ok" and item.setup_seconds is not None
         ]
         results.upsert(found, "results", [item.as_dict() for item in rows], name)
         found["targets"] = [verdict.as_dict() for verdict in check(found)]

@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+import tarfile
 import time
 
 import pytest
@@ -42,11 +43,11 @@ def test_failures_and_timeouts_never_stop_the_next_step(start, tmp_path):
     begin = time.monotonic()
     status, out = start(
         {
-            "fails": (30, command("fails", "import sys; print('seven'); sys.exit(7)")),
-            "hangs": (1, command("hangs", "import time; time.sleep(60)")),
-            "raises": (30, broken),
-            "absent": (30, lambda session, limit: gpu.Outcome("absent", "absent")),
-            "works": (30, command("works", "print('the last line')")),
+            "fails": gpu.Step(command("fails", "import sys; print('seven'); sys.exit(7)"), 30),
+            "hangs": gpu.Step(command("hangs", "import time; time.sleep(60)"), 1),
+            "raises": gpu.Step(broken, 30),
+            "absent": gpu.Step(lambda session, limit: gpu.Outcome("absent", "absent"), 30),
+            "works": gpu.Step(command("works", "print('the last line')"), 30),
         }
     )
     assert time.monotonic() - begin < 30
@@ -67,24 +68,102 @@ def test_a_timeout_ends_what_the_step_started(start, tmp_path):
     code = (
         f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {child!r}]); time.sleep(60)"
     )
-    start({"hangs": (1, command("hangs", code))})
+    start({"hangs": gpu.Step(command("hangs", code), 1)})
     time.sleep(4)
     assert not marker.exists()
 
 
 def test_the_whole_has_a_limit_and_results_come_as_they_are(start, tmp_path):
     codes = {"one": "pass", "two": "import time; time.sleep(60)", "three": "pass"}
-    _, _ = start({name: (30, command(name, code)) for name, code in codes.items()}, "--total", "5")
+    _, _ = start({name: gpu.Step(command(name, code), 30) for name, code in codes.items()}, "--total", "5")
     assert [one["verdict"] for one in outcomes(tmp_path)] == ["ok", "timeout", "no time"]
 
 
-def test_steps_are_picked(start, tmp_path):
-    steps = {name: (30, command(name, "pass")) for name in ("one", "two", "three")}
+def test_what_is_kept_for_later_steps(monkeypatch):
+    steps = {"a": gpu.Step(None, 200), "b": gpu.Step(None, 400, kept=120), "c": gpu.Step(None, 90, kept=60)}
+    monkeypatch.setattr(gpu, "STEPS", steps)
+    names = list(steps)
+    assert gpu.limit_of(names, 0, 525) == 200
+    assert gpu.limit_of(names, 0, 300) == 120  # b and c keep theirs
+    assert gpu.limit_of(names, 1, 300) == 240
+    assert gpu.limit_of(names, 1, 150) == 120  # its own comes before c's
+    assert gpu.limit_of(names, 2, 30) == 30
+
+
+def test_steps_are_picked_and_the_others_outcomes_stay(start, tmp_path):
+    steps = {name: gpu.Step(command(name, "pass"), 30) for name in ("one", "two", "three")}
     status, _ = start(steps, "--steps", "three,one", gpu_name="NVIDIA H200")
     assert status == 0
-    assert [one["step"] for one in outcomes(tmp_path, "nvidia-h200")] == ["build", "three", "one"][1:]
+    assert [one["step"] for one in outcomes(tmp_path, "nvidia-h200")] == ["three", "one"]
+    start(steps, "--steps", "two,one", gpu_name="NVIDIA H200")
+    assert [one["step"] for one in outcomes(tmp_path, "nvidia-h200")] == ["three", "two", "one"]
     with pytest.raises(SystemExit, match="unknown step 'four'"):
         start(steps, "--steps", "four")
+
+
+def test_results_are_packed_while_a_step_runs(start, tmp_path, monkeypatch):
+    """A machine that goes away in the middle of a step leaves what the step had written."""
+    monkeypatch.setattr(gpu, "PACKED", 0.2)
+    archive = tmp_path / "out" / "results.tar.gz"
+    code = f"""
+import os, pathlib, tarfile, time
+print("so far", flush=True)
+for _ in range(200):
+    if os.path.exists({str(archive)!r}):
+        with tarfile.open({str(archive)!r}) as packed:
+            print("packed" if b"so far" in packed.extractfile("gpu/one.log").read() else "empty", flush=True)
+        break
+    time.sleep(0.1)
+"""
+    start({"one": gpu.Step(command("one", code), 60)}, "--archive", str(archive), gpu_name="GPU")
+    with tarfile.open(archive) as packed:
+        assert set(packed.getnames()) == {"gpu/one.log", "gpu/steps.json", "gpu/summary.md"}
+        assert packed.extractfile("gpu/one.log").read().split()[-1] == b"packed"
+
+
+def test_a_library_of_the_same_sources_is_used_again(tmp_path, monkeypatch):
+    session = gpu.Session("cpu", "x", tmp_path, tmp_path / "site", arch="9.0")
+    done = []
+
+    def run(session, name, command, limit, **changes):
+        done.append(name)
+        if name == "build":
+            assert changes["environment"]["TORCH_CUDA_ARCH_LIST"] == session.arch
+            (session.site / "modeprobe" / "_C.abi3.so").write_text("library")
+        return gpu.Outcome(name, verdicts.pop(0) if verdicts else "ok")
+
+    monkeypatch.setattr(gpu, "run", run)
+    verdicts: list[str] = []
+    for arch, coming, expected in (
+        ("9.0", [], ["build"]),
+        ("9.0", [], ["library"]),
+        ("9.0", ["failed"], ["library", "build"]),  # it does not load here
+        ("8.0", [], ["build"]),
+    ):
+        session.arch, verdicts[:] = arch, coming
+        assert gpu.build(session, 60).verdict == "ok"
+        assert done == expected
+        assert (session.site / "modeprobe" / "_C.abi3.so").exists()
+        done.clear()
+    monkeypatch.setattr(gpu, "fingerprint", lambda arch: "other sources")
+    gpu.build(session, 60)
+    assert done == ["build"]
+
+
+NCU = """$ ncu
+==PROF== Connected to process 7
+==PROF== Profiling "dropout" - 0: 0%....50%....100% - 2 passes
+"ID","Kernel Name","gpu__time_duration.sum","sm__warps_active.avg.pct_of_peak_sustained_active"
+"","","nsecond","%"
+"0","void modeprobe::dropout_forward_kernel<float>(const T1 *, T1 *)","1,181,500","49.25"
+"""
+
+
+def test_a_profile_is_a_line_per_kernel():
+    header, _, line = gpu.profiled(NCU)
+    assert header.startswith("| kernel | us | DRAM % |")
+    assert line == "| dropout_forward_kernel<float> | 1182 | nan | nan | nan | 49.25 | nan | nan |"
+    assert gpu.profiled("==ERROR== ERR_NVGPUCTRPERM") == []
 
 
 def test_the_ten_numbers_are_the_targets(tmp_path):

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 from modeprobe.benchmarks import measure, memory, runner, tables
-from modeprobe.benchmarks.registry import Candidate, Problem, Unavailable, Work
+from modeprobe.benchmarks.registry import Candidate, Problem, Unavailable, Work, all_works, select
 from modeprobe.benchmarks.timing import Limits
 from torch.nn import functional as F
 
@@ -181,22 +181,48 @@ def test_a_lost_gpu_is_left_to_a_new_process(tmp_path, monkeypatch):
     works = [Work("double", "forward", (size,), "float32", 2, setup) for size in (8, 9, 10)]
     ran, started = [], []
 
-    def run(works, *arguments, **options):
+    def run(works, device, found, path, **options):
         ran.append([work.shape[0] for work in works])
+        found["runs"]["now"] = {"commit": plain.results.commit()}
+        row = measure.row(works[0], "modeprobe", device, status="failed")
+        found["results"] += [row.as_dict() | {"run": "now"}]
+        plain.results.save(found, path)
         return works[1:]
 
     monkeypatch.setattr(plain, "all_works", lambda device: works)
-    monkeypatch.setattr(plain.results, "empty", lambda device: {})
+    monkeypatch.setattr(plain.results, "empty", lambda device: {"schema": 1, "runs": {}, "results": []})
     monkeypatch.setattr(runner, "run", run)
     monkeypatch.setattr(runner, "lost", lambda: True)
     monkeypatch.setattr(plain.os, "execv", lambda program, arguments: started.append(arguments))
     options = ["--device", "cuda", "--budget", "60", "--output", str(tmp_path), "--machine", "m"]
     plain.main(options)
-    *_, budget, after, last = started[0]
+    *_, budget, rest, _, warm = started[0]
     assert float(budget) <= 60
-    assert (after, last) == ("--after", "double/forward/8/float32")
-    plain.main([*options, after, last])
+    assert (rest, warm) == ("--rest", "0")
+    plain.main([*options, rest])
     assert ran == [[8, 9, 10], [9, 10]]
+    plain.main(options)  # a later run of the same commit goes on where this one ended
+    assert ran[2] == [10, 8, 9]
+
+
+def test_what_a_target_compares_with_is_not_left_out(tmp_path, monkeypatch):
+    """On a GPU a share of the budget is less than a compilation, of which targets speak all the same."""
+    from modeprobe.benchmarks import results
+
+    seen = {}
+
+    def pretend(work, device, limits, *, clock, without):
+        seen[work.name] = "torch.compile" not in without
+        return [measure.row(work, "modeprobe", device)]
+
+    monkeypatch.setattr(runner, "measure", pretend)
+    monkeypatch.setattr(runner, "lost", lambda: False)
+    monkeypatch.setattr(results, "machine", lambda device: {"name": "x", "gpu": None})
+    every = {work.name: work for work in select(all_works("cuda"))}
+    layer = "batch_norm/forward_backward/256x64x112x112/float32"
+    chosen = [every[layer], every["dropout/forward/2^26/float32"]]
+    runner.run(chosen, "cuda", results.empty(), tmp_path / "results.json", budget=1.0, now=lambda: 0.0)
+    assert seen == {layer: True, "dropout/forward/2^26/float32": False}
 
 
 @pytest.mark.parametrize(("speed", "least"), [(1.0, 6), (0.02, 1)])

@@ -47,8 +47,10 @@ def test_training_forward_and_backward(dtype, shape, memory_format):
     close(got[0], same_gradients[0], truth_gradients[0], "dx")
     for mine, same_g, truth_g in zip(got[1:3], same_gradients[1:], truth_gradients[1:], strict=True):
         magnitude = dy.double().abs().sum() / shape[1]
-        allowed = 2 * (same_g.double() - truth_g).abs().max() + 2 * torch.finfo(wide).eps * magnitude
-        assert (mine.double() - truth_g).abs().max() <= allowed * (64 if dtype == torch.float64 else 1)
+        # The emulator needs 0.3 units of what was added up; in float64, where torch is the truth, 1.7.
+        units = 4 if dtype == torch.float64 else 1
+        allowed = 2 * (same_g.double() - truth_g).abs().max() + units * torch.finfo(wide).eps * magnitude
+        assert (mine.double() - truth_g).abs().max() <= allowed
     flat = x.double().transpose(0, 1).flatten(1)
     torch.testing.assert_close(mean.double(), 0.1 * flat.mean(1), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(var.double(), 0.9 + 0.1 * flat.var(1), rtol=1e-5, atol=1e-6)

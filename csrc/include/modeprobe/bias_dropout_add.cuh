@@ -80,29 +80,30 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int64_t column = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) * width;
   Sums<acc> sums[width] = {};
   if (column < layout.c) {
-    constexpr int kRows = width > 1 ? in_flight(width * sizeof(T), 2) : 1;
-    const int64_t stride = int64_t(gridDim.y) * blockDim.y, elements = layout.elements();
+    const int64_t step = int64_t(gridDim.y) * blockDim.y * layout.c, elements = layout.elements();
     int64_t at = (int64_t(blockIdx.y) * blockDim.y + threadIdx.y) * layout.c + column;
-    for (; at < elements; at += kRows * stride * layout.c) {
-      Raw<T, width> raw[kRows];
+    const auto drop = [&](acc* g) {
+      const uint32_t keep = keep_bits_from(key, rate, offset + uint64_t(at));
 #pragma unroll
-      for (int r = 0; r < kRows; ++r) {
-        const int64_t here = at + r * stride * layout.c;
-        if (here < elements) raw[r].load(dy, here, elements, true);
+      for (int i = 0; i < width; ++i) {
+        g[i] = keep >> i & 1 ? g[i] * rate.scale : acc(0);
+        sums[i].a += g[i];
       }
-#pragma unroll
-      for (int r = 0; r < kRows; ++r) {
-        const int64_t here = at + r * stride * layout.c;
-        if (here >= elements) break;
-        acc g[width];
-        raw[r].unpack_to(g);
-        const uint32_t keep = keep_bits_from(key, rate, offset + uint64_t(here));
-#pragma unroll
-        for (int i = 0; i < width; ++i) {
-          g[i] = keep >> i & 1 ? g[i] * rate.scale : acc(0);
-          sums[i].a += g[i];
-        }
-        store_at<T, width>(dx, here, elements, true, g);
+      store_at<T, width>(dx, at, elements, true, g);
+    };
+    acc g[width];
+    if constexpr (width == 1) {
+      for (; at < elements; at += step) {
+        load_at<T, 1>(dy, at, elements, true, g);
+        drop(g);
+      }
+    } else {
+      Ahead<T, width, ring_depth(width * sizeof(T), 2), 1, true> ahead({dy}, at, step, elements, true);
+      for (; at < elements; at += step) {
+        ahead.wait();
+        ahead.load(0, g);
+        drop(g);
+        ahead.advance(at);
       }
     }
   }
