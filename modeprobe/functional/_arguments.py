@@ -1,25 +1,47 @@
-"""Argument checks that the dropout functions share: they name the argument, what came, what is expected."""
+"""What the dropout functions share: errors that name the argument, what came, what is expected."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
+from torch.overrides import handle_torch_function, has_torch_function
 
 from modeprobe import mask
-from modeprobe.ops.dropout import DTYPES
+from modeprobe.ops.dropout import DTYPES, transforming
+
+_Function = TypeVar("_Function", bound=Callable[..., Tensor])
+
+
+def overridable(function: _Function) -> _Function:
+    """``function`` as one of torch's own: tensor subclasses and ``torch.fx`` are asked before it runs."""
+
+    @functools.wraps(function)
+    def asked(*args: object, **kwargs: object) -> Tensor:
+        everything = (*args, *kwargs.values())
+        if has_torch_function(everything):
+            return handle_torch_function(asked, everything, *args, **kwargs)
+        return function(*args, **kwargs)
+
+    return asked  # type: ignore[return-value]
 
 
 def probability(p: float | Tensor, device: torch.device, who: str) -> tuple[float, Tensor | None]:
     """``p`` as the pair that operators take: a float, or a float64 tensor with one element on ``device``."""
     if isinstance(p, Tensor):
-        if p.numel() != 1 or not p.is_floating_point():
+        if p.numel() != 1 or p.is_complex():
             raise ValueError(
-                f"{who}: p must be a float or a floating point tensor with one element, "
+                f"{who}: p must be a float or a real tensor with one element, "
                 f"got {p.dtype} of shape {tuple(p.shape)}"
             )
-        return 0.0, p.detach().reshape(()).to(device, torch.float64)
+        p = p.detach().reshape(())
+        if _readable(p) and not 0.0 <= p.item() <= 1.0:
+            raise ValueError(f"{who}: p must be in [0, 1], got {p.item()}")
+        return 0.0, p.to(device, torch.float64)
     try:
         value = float(p) if 0.0 <= p <= 1.0 else None
     except (TypeError, ValueError):
@@ -27,6 +49,13 @@ def probability(p: float | Tensor, device: torch.device, who: str) -> tuple[floa
     if value is None:
         raise ValueError(f"{who}: p must be in [0, 1], got {p}")
     return value, None
+
+
+def _readable(p: Tensor) -> bool:
+    """Whether ``p`` has a value now that takes no waiting: none while something traces or transforms."""
+    if not p.is_cpu or is_compiling() or transforming():
+        return False
+    return torch._C._len_torch_dispatch_stack() == 0 and type(p) is Tensor
 
 
 def signed_offset(offset: int, who: str) -> int:
@@ -41,6 +70,14 @@ def signed_offset(offset: int, who: str) -> int:
 def check_data(x: Tensor, who: str, name: str = "input") -> None:
     if x.dtype not in DTYPES:
         raise TypeError(f"{who}: {name} must be float16, bfloat16, float32 or float64, got {x.dtype}")
+    if x.is_nested or x.layout is not torch.strided:
+        kind = "a nested tensor of" if x.is_nested else "one of"
+        raise TypeError(f"{who}: {name} must be a dense tensor, got {kind} layout {x.layout}")
+    if hasattr(x, "device_mesh"):
+        raise TypeError(
+            f"{who}: {name} must be a local tensor, got a {type(x).__name__}; call it on to_local(), "
+            "with key= and offset= where ranks are to share one mask"
+        )
 
 
 def key_for(key: Tensor | None, device: torch.device, who: str) -> Tensor:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
+import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 from torch.overrides import handle_torch_function, has_torch_function_unary
@@ -15,6 +17,7 @@ from modeprobe.functional._arguments import (
     check_data,
     inverted,
     key_for,
+    overridable,
     probability,
     shared_dims,
     signed_offset,
@@ -64,7 +67,8 @@ def dropout(
         ValueError, TypeError: an argument is not as above.
         RuntimeError: the selected backend cannot run on this device.
     """
-    if has_torch_function_unary(input):
+    plain = type(input) is Tensor
+    if not plain and has_torch_function_unary(input):
         return handle_torch_function(
             dropout,
             (input,),
@@ -80,6 +84,7 @@ def dropout(
     # The commonest call first, and written out: a tensor of 16 elements feels every call of a function.
     if (
         training
+        and plain
         and key is None
         and mask_shape is None
         and not (inplace or offset)
@@ -89,7 +94,10 @@ def dropout(
         and input.dtype in ops.DTYPES
         and not is_compiling()
     ):
-        y = ops.fresh_dropout(input, p)
+        try:
+            y = ops.fresh_dropout(input, p)
+        except NotImplementedError:  # of a layout that check_data names
+            y = None
         if y is not None:
             return y
     p_tensor = None
@@ -101,6 +109,9 @@ def dropout(
             return input
         rest = 1.0 - p if p_tensor is None else (1.0 - p_tensor).to(input.dtype)
         return input.mul_(rest) if inplace else input * rest
+    if input.layout is torch.jagged:
+        options = {"key": key, "offset": offset, "mask_shape": mask_shape, "scaling": scaling}
+        return _jagged(input, p if p_tensor is None else p_tensor, inplace, **options)
     check_data(input, "dropout")
     offset = signed_offset(offset, "dropout")
     if mask_shape is None:
@@ -109,6 +120,17 @@ def dropout(
     return _masked(
         input, "structured_dropout", (shared, offset, scaled), key, p, p_tensor, inplace, "dropout"
     )
+
+
+def _jagged(input: Tensor, p: float | Tensor, inplace: bool, **options: Any) -> Tensor:
+    """Dropout of a nested tensor: that of its values."""
+    if inplace or options["mask_shape"] is not None or not input.is_contiguous():
+        raise ValueError(
+            "dropout: a nested tensor must be contiguous, not written in place and without mask_shape, "
+            f"got inplace={inplace}, mask_shape={options['mask_shape']}, contiguous={input.is_contiguous()}"
+        )
+    values = dropout(input.values(), p, **options)
+    return torch.nested.nested_tensor_from_jagged(values, input.offsets())
 
 
 def _keeps_all(p: float, p_tensor: Tensor | None, training: bool) -> bool:
@@ -197,10 +219,11 @@ def _warn_unless(expected: bool, dims: int, who: str, spatial: int) -> None:
             f"{who}: Received a {dims}-D input to {who}, which is deprecated and will result in an error in "
             "a future release. To retain the behavior and silence this warning, please use dropout instead. "
             + _purpose(who, spatial),
-            stacklevel=3,
+            stacklevel=4,
         )
 
 
+@overridable
 def dropout1d(
     input: Tensor,
     p: float | Tensor = 0.5,
@@ -219,7 +242,6 @@ def dropout1d(
         RuntimeError: the input has neither 2 nor 3 dimensions.
         ValueError, TypeError: as :func:`dropout`.
     """
-    probability(p, input.device, "dropout1d")
     if input.dim() not in (2, 3):
         raise RuntimeError(
             f"dropout1d: Expected 2D or 3D input, but received a {input.dim()}D input. "
@@ -228,6 +250,7 @@ def dropout1d(
     return _structured(input, p, training, inplace, key, offset, 2 if input.dim() == 3 else 1, "dropout1d")
 
 
+@overridable
 def dropout2d(
     input: Tensor,
     p: float | Tensor = 0.5,
@@ -247,7 +270,6 @@ def dropout2d(
         RuntimeError: the input has fewer than 2 dimensions.
         ValueError, TypeError: as :func:`dropout`.
     """
-    probability(p, input.device, "dropout2d")
     dims = input.dim()
     _warn_unless(dims in (3, 4), dims, "dropout2d", 2)
     if dims == 3:
@@ -257,11 +279,12 @@ def dropout2d(
             "is the channel dim. This behavior will change in a future release to interpret the "
             "input as one without a batch dimension, i.e. shape (C, H, W). To maintain the 1D "
             "channel-wise dropout behavior, please switch to using dropout1d instead.",
-            stacklevel=2,
+            stacklevel=3,
         )
     return _structured(input, p, training, inplace, key, offset, 2, "dropout2d")
 
 
+@overridable
 def dropout3d(
     input: Tensor,
     p: float | Tensor = 0.5,
@@ -280,11 +303,11 @@ def dropout3d(
         RuntimeError: the input has no dimensions.
         ValueError, TypeError: as :func:`dropout`.
     """
-    probability(p, input.device, "dropout3d")
     _warn_unless(input.dim() in (4, 5), input.dim(), "dropout3d", 3)
     return _structured(input, p, training, inplace, key, offset, 2 if input.dim() == 5 else 1, "dropout3d")
 
 
+@overridable
 def drop_path(
     input: Tensor,
     p: float | Tensor = 0.5,
@@ -306,6 +329,7 @@ def drop_path(
     return _structured(input, p, training, inplace, key, offset, 1, "drop_path")
 
 
+@overridable
 def alpha_dropout(
     input: Tensor,
     p: float | Tensor = 0.5,
@@ -328,6 +352,7 @@ def alpha_dropout(
     return _structured(input, p, training, inplace, key, offset, None, "alpha_dropout", alpha=True)
 
 
+@overridable
 def feature_alpha_dropout(
     input: Tensor,
     p: float | Tensor = 0.5,

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.overrides import handle_torch_function, has_torch_function
 
-from modeprobe.functional._arguments import check_data, key_for, probability, signed_offset
+from modeprobe.functional._arguments import check_data, key_for, overridable, probability, signed_offset
 from modeprobe.ops import backend
 from modeprobe.ops import dropout as ops
 
@@ -26,6 +25,7 @@ def _autocast(a: Tensor, b: Tensor | None) -> bool:
     return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
+@overridable
 def bias_dropout_add(
     input: Tensor,
     bias: Tensor | None,
@@ -58,11 +58,6 @@ def bias_dropout_add(
         RuntimeError: the selected backend cannot run on this device.
     """
     who = "bias_dropout_add"
-    tensors = (input, residual) if bias is None else (input, bias, residual)
-    if has_torch_function(tensors):
-        return handle_torch_function(
-            bias_dropout_add, tensors, input, bias, residual, p, training, key=key, offset=offset
-        )
     p, p_tensor = probability(p, input.device, who)
     if not training:
         p, p_tensor = 0.0, None
@@ -89,6 +84,7 @@ def bias_dropout_add(
     return ops.bias_dropout_add(input, bias, residual, key, p_tensor, p, offset, name)
 
 
+@overridable
 def softmax_dropout(
     scores: Tensor,
     p: float | Tensor = 0.5,
@@ -121,11 +117,6 @@ def softmax_dropout(
         RuntimeError: the selected backend cannot run on this device.
     """
     who = "softmax_dropout"
-    tensors = (scores,) if mask is None else (scores, mask)
-    if has_torch_function(tensors):
-        return handle_torch_function(
-            softmax_dropout, tensors, scores, p, mask, training, key=key, offset=offset
-        )
     p, p_tensor = probability(p, scores.device, who)
     if not training:
         p, p_tensor = 0.0, None

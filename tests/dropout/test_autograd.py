@@ -3,7 +3,7 @@
 import pytest
 import torch
 from torch.autograd import gradcheck, gradgradcheck
-from torch.func import grad, jvp, vmap
+from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
 
 import modeprobe as mp
 from modeprobe import _extension, mask
@@ -182,6 +182,15 @@ def test_gradients_per_example():
         ours = vmap(grad(lambda x, function=function: function(x).square().sum()))(batch.detach())
         (expected,) = torch.autograd.grad(sum(function(x).square().sum() for x in batch), batch)
         torch.testing.assert_close(ours, expected, msg=name)
+
+
+def test_jacobians_and_hessians():
+    x = torch.randn(12)
+    slope = F.dropout(torch.ones(12), 0.3, key=KEY)
+    for derivative in (jacrev, jacfwd):
+        torch.testing.assert_close(derivative(FUNCTIONS["dropout"])(x), slope.diag())
+    cubed = hessian(lambda x: FUNCTIONS["dropout"](x).pow(3).sum())(x)
+    torch.testing.assert_close(cubed, (6 * slope.pow(3) * x).diag())
 
 
 def test_forward_mode_of_a_plain_tensor():

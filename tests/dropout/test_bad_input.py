@@ -17,6 +17,11 @@ X = torch.ones(4, 6)
 KEY = mask.key(1)
 NAN = float("nan")
 
+
+def nested(layout):
+    return torch.nested.nested_tensor([X, X[:3]], layout=layout)
+
+
 CASES = {
     "p below": (lambda: F.dropout(X, -0.1), ValueError, r"dropout: p must be in \[0, 1\], got -0.1"),
     "p above": (lambda: F.dropout(X, 1.5), ValueError, r"p must be in \[0, 1\], got 1.5"),
@@ -30,14 +35,35 @@ CASES = {
         ValueError,
         r"one element, got torch.float32 of shape \(2,\)",
     ),
-    "p integers": (
-        lambda: F.dropout(X, torch.tensor(1)),
-        ValueError,
-        "floating point tensor .* got torch.int64",
-    ),
+    "p complex": (lambda: F.dropout(X, torch.tensor(1j)), ValueError, "real tensor .* got torch.complex64"),
     "integers": (lambda: F.dropout(X.long()), TypeError, "input must be float16, .* got torch.int64"),
     "complex": (lambda: F.dropout(X.cfloat()), TypeError, "got torch.complex64"),
     "bool": (lambda: F.dropout2d(X.bool()), TypeError, "dropout2d: input must be .* got torch.bool"),
+    "sparse": (
+        lambda: F.dropout(X.to_sparse()),
+        TypeError,
+        "dropout: input must be a dense .* torch.sparse_coo",
+    ),
+    "nested": (
+        lambda: F.dropout(nested(torch.strided)),
+        TypeError,
+        "got a nested tensor of layout torch.strided",
+    ),
+    "channels of nested": (
+        lambda: F.dropout1d(nested(torch.jagged)),
+        TypeError,
+        "dropout1d: input must be a dense tensor, got a nested tensor of layout torch.jagged",
+    ),
+    "nested in place": (
+        lambda: F.dropout(nested(torch.jagged), inplace=True),
+        ValueError,
+        "not written in place .* inplace=True, mask_shape=None, contiguous=True",
+    ),
+    "nested, transposed": (
+        lambda: F.dropout(nested(torch.jagged).transpose(1, 2)),
+        ValueError,
+        "must be contiguous, .* contiguous=False",
+    ),
     "key type": (lambda: F.dropout(X, key=3), TypeError, "dropout: key must be a tensor .* got int"),
     "key dtype": (lambda: F.dropout(X, key=torch.zeros(2)), ValueError, r"int64 .* got torch.float32"),
     "key shape": (
@@ -123,11 +149,10 @@ def test_nothing_is_half_done():
     assert torch.equal(x, torch.arange(6.0))
 
 
-@pytest.mark.parametrize("p", [-0.5, 1.5, NAN])
-def test_a_tensor_p_is_checked_where_that_costs_no_synchronisation(p):
-    if not _extension.loaded():
-        pytest.skip("the compiled library is not built: pip install -e .")
-    with pytest.raises(RuntimeError, match=r"dropout: p must be in \[0, 1\]"):
+@pytest.mark.parametrize("p", [-0.5, 1.5, NAN, 2])
+@pytest.mark.parametrize("backend", ["native", "reference"] if _extension.loaded() else ["reference"])
+def test_a_tensor_p_is_checked_where_that_costs_no_synchronisation(p, backend):
+    with mp.backend(backend), pytest.raises(ValueError, match=r"dropout: p must be in \[0, 1\], got"):
         F.dropout(X, torch.tensor(p))
 
 
@@ -143,6 +168,7 @@ def test_overlapping_memory_in_place():
         (lambda o: o.dropout(X, KEY.int(), 0.5), "key must be an int64"),
         (lambda o: o.dropout(X, KEY, 1.5), r"p must be in \[0, 1\]"),
         (lambda o: o.dropout(X, KEY, 0.5, 0, True, torch.tensor(0.5)), "p_tensor must be a float64"),
+        (lambda o: o.dropout(X, KEY, 0.5, 0, True, torch.tensor(1.5).double()), r"p must be in \[0, 1\]"),
         (lambda o: o.structured_dropout(X, KEY, 0.5, [1, 0]), "ascending"),
         (lambda o: o.structured_dropout(X, KEY, 0.5, [2]), "shared_dims"),
         (lambda o: o.bias_dropout_add(X, None, X[:2], KEY, 0.5), "same shape"),

@@ -1,5 +1,7 @@
 """The dropout family under torch's own tools: opcheck, compile, checkpointing, export, autocast, hooks."""
 
+import io
+
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
@@ -152,6 +154,26 @@ def test_checkpointing_recomputes_the_same_mask(reentrant, given):
     assert torch.equal(x.grad, expected)
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("inside", [False, True])
+def test_checkpointing_and_compiling(reentrant, inside):
+    """Either inside the other, through the partitioner that chooses what the backward pass computes again."""
+    torch._dynamo.reset()
+    engine, x = "aot_eager_decomp_partition", torch.rand(1000, requires_grad=True)
+
+    def block(x):
+        return F.dropout(x.exp(), 0.5)
+
+    if inside:
+        compiled = torch.compile(block, backend=engine)
+        y = checkpoint(compiled, x, use_reentrant=reentrant)
+    else:
+        y = torch.compile(lambda x: checkpoint(block, x, use_reentrant=reentrant), backend=engine)(x)
+    y.sum().backward()
+    assert torch.equal(y == 0, x.grad == 0)
+    torch.testing.assert_close(x.grad, y.detach())
+
+
 def test_the_generator_decides_like_any_random_operation():
     x = torch.ones(100)
     torch.manual_seed(4)
@@ -209,12 +231,16 @@ class Model(torch.nn.Module):
 def test_export(training):
     model, x = Model().train(training), torch.randn(4, 8)
     program = torch.export.export(model, (x,))
-    names = [str(node.target) for node in program.graph.nodes]
-    assert any("dropout" in name for name in names) == (training and _extension.loaded())
-    torch.manual_seed(7)
-    expected = model(x)
-    torch.manual_seed(7)
-    assert torch.equal(program.module()(x), expected)
+    lowered, file = program.run_decompositions(), io.BytesIO()
+    torch.export.save(lowered, file)
+    file.seek(0)
+    for stage in (program, lowered, torch.export.load(file)):
+        names = [str(node.target) for node in stage.graph.nodes]
+        assert any("dropout" in name for name in names) == (training and _extension.loaded())
+        torch.manual_seed(7)
+        expected = model(x)
+        torch.manual_seed(7)
+        assert torch.equal(stage.module()(x), expected)
 
 
 def test_export_of_the_batch_size():
@@ -267,19 +293,76 @@ def test_autocast_mixes_dtypes_as_torch_does():
     assert torch.equal(ours, F.softmax_dropout(short, 0.5, added.bfloat16(), key=KEY))
 
 
-def test_tensor_subclasses_are_asked():
-    class Named(torch.Tensor):
-        called = None
+class Named(torch.Tensor):
+    called = None
 
-        @classmethod
-        def __torch_function__(cls, function, types, args=(), kwargs=None):
-            cls.called = function
-            return super().__torch_function__(function, types, args, kwargs or {})
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        cls.called = function
+        return super().__torch_function__(function, types, args, kwargs or {})
 
-    x = torch.randn(8).as_subclass(Named)
-    y = F.dropout(x, 0.5, key=KEY)
-    assert Named.called is F.dropout
-    assert torch.equal(y.as_subclass(torch.Tensor), F.dropout(x.as_subclass(torch.Tensor), 0.5, key=KEY))
+
+CALLS = {  # each with other arguments, and one by keyword
+    "dropout": lambda x: F.dropout(x, 0.5, key=KEY),
+    "dropout1d": lambda x: F.dropout1d(x, 0.5, key=KEY),
+    "dropout2d": lambda x: F.dropout2d(x[None], 0.5, key=KEY),
+    "dropout3d": lambda x: F.dropout3d(x[None], p=0.5, key=KEY),
+    "drop_path": lambda x: F.drop_path(input=x, key=KEY),
+    "alpha_dropout": lambda x: F.alpha_dropout(x, 0.5, True, key=KEY),
+    "feature_alpha_dropout": lambda x: F.feature_alpha_dropout(x, 0.5, True, key=KEY),
+    "bias_dropout_add": lambda x: F.bias_dropout_add(torch.ones(6, 5, 4), None, residual=x, key=KEY),
+    "softmax_dropout": lambda x: F.softmax_dropout(torch.ones(6, 5, 4), 0.5, x, key=KEY),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_tensor_subclasses_and_tracers_are_asked(name):
+    x = torch.randn(6, 5, 4)
+    expected = CALLS[name](x)
+    y = CALLS[name](x.as_subclass(Named))
+    assert Named.called is getattr(F, name)
+    assert torch.equal(y.as_subclass(torch.Tensor), expected)
+    traced = torch.fx.symbolic_trace(CALLS[name])
+    assert getattr(F, name) in [node.target for node in traced.graph.nodes]
+    assert torch.equal(traced(x), expected)
+
+
+@pytest.mark.parametrize("engine", [None, "aot_eager"])
+def test_nested_tensors(engine):
+    """Dropout of the values; the result may be added to its input."""
+    torch._dynamo.reset()
+    x = torch.nested.nested_tensor([torch.randn(2, 5), torch.randn(4, 5)], layout=torch.jagged)
+    x.requires_grad_()
+
+    def function(x):
+        return x + F.dropout(x, 0.5, key=KEY)
+
+    y = (torch.compile(function, backend=engine, fullgraph=True) if engine else function)(x)
+    slope = 1 + F.dropout(torch.ones(6, 5), 0.5, key=KEY)
+    assert torch.equal(y.values(), x.values() * slope)
+    y.values().sum().backward()
+    assert torch.equal(x.grad.values(), slope)
+    assert F.dropout(x, 0.5, training=False) is x
+    assert torch.equal(mp.nn.Dropout(torch.tensor(1.0))(x).values(), torch.zeros(6, 5))
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without torch.distributed")
+def test_distributed_tensors_are_refused():
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    distributed = torch.distributed
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = distributed.device_mesh.init_device_mesh("cpu", (1,))
+        x = distribute_tensor(torch.ones(4, 6), mesh, [Shard(0)])
+        for function in (F.dropout, F.dropout1d, F.softmax_dropout):
+            with pytest.raises(
+                TypeError, match=r"must be a local tensor, got a DTensor; call it on to_local"
+            ):
+                function(x, 0.5)
+        assert F.dropout(x, 0.5, training=False) is x
+    finally:
+        distributed.destroy_process_group()
 
 
 def test_meta_tensors():

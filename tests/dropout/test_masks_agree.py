@@ -72,6 +72,7 @@ def layouts(x):
     yield "sliced", wide[..., ::2], False
     yield "cut", torch.cat([x, x], 1)[:, :c], False
     yield "expanded", x[:1].expand(3, c, h, w), False
+    yield "overlapping", x.as_strided((n, c, h, w), (w, w, w, 1)), False
     yield "scalar", x[0, 0, 0, 0], True
 
 
@@ -88,7 +89,7 @@ def test_layouts(dtype, backend):
         expected = torch.where(kept, x.to(acc) * mask.keep_scale(0.3, dtype), 0).to(dtype)
         assert torch.equal(y, expected), name
         assert y.stride() == (x.stride() if dense else x.contiguous().stride()), name
-        if name != "expanded":
+        if name not in ("expanded", "overlapping"):
             clone = torch.empty_strided(x.shape, x.stride(), dtype=dtype).copy_(x)
             with mp.backend(backend):
                 assert F.dropout(clone, 0.3, key=key, offset=3, inplace=True) is clone
@@ -213,6 +214,16 @@ def test_p_as_a_tensor(p):
     assert torch.equal(F.dropout_mask(x.shape, tensor, key), F.dropout_mask(x.shape, p, key))
     with mp.backend("reference"):
         assert torch.equal(F.dropout(x, tensor, key=key), F.dropout(x, p, key=key))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.int64, torch.bool])
+def test_p_as_a_tensor_of_any_dtype(dtype):
+    """Read in float64, and never differentiated."""
+    x, key = torch.randn(4099), mask.key(5)
+    p = torch.tensor([0.3]).to(dtype).requires_grad_(dtype.is_floating_point)
+    assert torch.equal(F.dropout(x, p, key=key), F.dropout(x, p.item(), key=key))
+    assert not F.dropout(x, p, key=key).requires_grad
+    assert not F.dropout(x, torch.ones((), dtype=dtype), key=key).any()
 
 
 DIGESTS = """

@@ -92,6 +92,8 @@ def test_empty(backend):
         y.sum().backward()
         assert x.grad.shape == shape
         assert F.dropout(x, 0.5, mask_shape=(1,) * len(shape)).shape == shape
+        for p in (1.0, torch.tensor(1.0)):
+            assert F.dropout(x.detach(), p, inplace=True).shape == shape
     assert F.bias_dropout_add(torch.empty(0, 4), torch.ones(4), torch.empty(0, 4)).shape == (0, 4)
     assert F.softmax_dropout(torch.empty(2, 0)).shape == (2, 0)
 
