@@ -291,7 +291,7 @@ class BiasDropoutAdd(Function):
         elif ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
             grad_x = masked(grad.contiguous(), key, rate, p, (offset, True), "dropout", name)
             if ctx.needs_input_grad[1]:
-                grad_bias = grad_x.sum(list(range(grad.dim() - 1))) if grad.dim() > 1 else grad_x
+                grad_bias = grad_x.sum_to_size(grad.shape[-1:])
         grad_residual = grad if ctx.needs_input_grad[2] else None
         return grad_x, grad_bias, grad_residual, None, None, None, None, None
 

@@ -161,7 +161,7 @@ def bias_dropout_add_backward(
     rate = _rate(p, p_tensor)
     kept = mask.keep_mask(grad_output.shape, rate, key, offset)
     grad = _drop(grad_output, kept, rate)
-    total = grad.reshape(-1, grad.shape[-1]).sum(0) if grad.numel() else grad.new_zeros(grad.shape[-1])
+    total = grad.sum_to_size(grad.shape[-1:])
     return grad.to(grad_output.dtype).contiguous(), total.to(grad_output.dtype)
 
 

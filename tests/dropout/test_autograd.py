@@ -15,23 +15,27 @@ KEY = mask.key(5, 6)
 BACKENDS = ["native", "reference"] if _extension.loaded() else ["reference"]
 
 FUNCTIONS = {
-    "dropout": lambda x: F.dropout(x, 0.3, key=KEY),
+    "dropout": lambda x: F.dropout(x, 0.3, key=KEY, offset=3),
     "dropout of a tensor p": lambda x: F.dropout(x, torch.tensor(0.3), key=KEY),
     "in place": lambda x: F.dropout(x * 1, 0.3, key=KEY, inplace=True),
     "classic": lambda x: F.dropout(x, 0.3, key=KEY, scaling="classic"),
-    "rows": lambda x: F.dropout(x, 0.3, key=KEY, mask_shape=(x.shape[0], 1)),
+    "rows": lambda x: F.dropout(x, 0.3, key=KEY, offset=6, mask_shape=(x.shape[0], 1)),
     "dropout1d": lambda x: F.dropout1d(x, 0.3, key=KEY),
     "dropout1d in place": lambda x: F.dropout1d(x * 1, 0.3, key=KEY, inplace=True),
     "drop_path": lambda x: F.drop_path(x, 0.3, key=KEY),
-    "alpha_dropout": lambda x: F.alpha_dropout(x, 0.3, True, key=KEY),
+    "alpha_dropout": lambda x: F.alpha_dropout(x, 0.3, True, key=KEY, offset=5),
     "feature_alpha_dropout": lambda x: F.feature_alpha_dropout(
         x[..., None].expand(-1, -1, 3), 0.3, True, key=KEY
     ),
-    "bias_dropout_add": lambda x: F.bias_dropout_add(x, x[0] * 2, x.sin(), 0.3, key=KEY),
-    "softmax_dropout": lambda x: F.softmax_dropout(x, 0.3, key=KEY),
+    "bias_dropout_add": lambda x: F.bias_dropout_add(x, x[0] * 2, x.sin(), 0.3, key=KEY, offset=7),
+    "softmax_dropout": lambda x: F.softmax_dropout(x, 0.3, key=KEY, offset=9),
     "softmax_dropout, mask": lambda x: F.softmax_dropout(x, 0.3, x.detach() > -0.5, key=KEY),
     "softmax_dropout, added": lambda x: F.softmax_dropout(x, 0.3, x[:1].sin(), key=KEY),
 }
+
+
+def example(*shape):
+    return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
 
 
 @pytest.fixture(params=FUNCTIONS)
@@ -43,10 +47,6 @@ def function(request):
 def backend(request):
     with mp.backend(request.param):
         yield
-
-
-def example(*shape):
-    return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
 
 
 def test_first_derivatives(function):
@@ -61,6 +61,42 @@ def test_first_derivatives(function):
 
 def test_second_derivatives(function):
     gradgradcheck(function, example(3, 4), check_fwd_over_rev=True, check_rev_over_rev=True)
+
+
+def seeded(x):
+    torch.manual_seed(3)
+    return F.dropout(x, 0.3)
+
+
+@pytest.mark.parametrize("x", [example(2, 4), example(4, 2).t()], ids=["contiguous", "transposed"])
+def test_fresh_keys(x):
+    gradcheck(seeded, x, check_forward_ad=True)
+    gradgradcheck(seeded, x)
+    y, incoming = seeded(x), torch.randn(4, 2, dtype=torch.float64).t()
+    for gradient in (incoming, incoming.contiguous()):
+        (grad_x,) = torch.autograd.grad(y, x, gradient, retain_graph=True)
+        torch.testing.assert_close(grad_x, incoming * seeded(torch.ones_like(x)))
+
+
+def test_gradients_do_not_depend_on_whether_they_are_differentiated(function):
+    x = example(6, 5)
+    y = function(x)
+    incoming = torch.randn_like(y)
+    plain, recorded = (
+        torch.autograd.grad(y, x, incoming.clone().requires_grad_(create), True, create)[0]
+        for create in (False, True)
+    )
+    torch.testing.assert_close(recorded, plain)
+
+
+@pytest.mark.parametrize("name", ["softmax_dropout", "bias_dropout_add"])
+def test_curvature(name):
+    """Where a gradient meets both the result and what was saved of it."""
+
+    def slope(x):
+        return torch.autograd.grad(FUNCTIONS[name](x).pow(3).sum(), x, create_graph=True)[0]
+
+    gradcheck(slope, example(2, 3))
 
 
 def test_derivatives_by_all_arguments():
@@ -186,7 +222,7 @@ def test_gradients_per_example():
 
 def test_jacobians_and_hessians():
     x = torch.randn(12)
-    slope = F.dropout(torch.ones(12), 0.3, key=KEY)
+    slope = FUNCTIONS["dropout"](torch.ones(12))
     for derivative in (jacrev, jacfwd):
         torch.testing.assert_close(derivative(FUNCTIONS["dropout"])(x), slope.diag())
     cubed = hessian(lambda x: FUNCTIONS["dropout"](x).pow(3).sum())(x)

@@ -5,6 +5,8 @@ import io
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import modeprobe as mp
@@ -99,6 +101,37 @@ def test_a_new_p_tensor_does_not_recompile(name):
     for p in (0.1, 0.2, 0.0, 1.0):
         torch.testing.assert_close(fast(x, torch.tensor(p)), FUNCTIONS[name](x, p))
     assert counter.frame_count == 1
+
+
+def test_a_traced_p_tensor_stays_an_input():
+    x = torch.randn(100)
+    traced = make_fx(lambda x, p: F.dropout(x, p, key=KEY))(x, torch.tensor(0.3))
+    assert torch.equal(traced(x, torch.tensor(0.75)), F.dropout(x, 0.75, key=KEY))
+
+
+class Operators(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.ours = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "modeprobe":
+            self.ours.append(function)
+        return function(*args, **(kwargs or {}))
+
+
+@compiled
+def test_the_backend_asked_for_is_the_one_that_runs():
+    x, layer = torch.randn(8, requires_grad=True), mp.nn.Dropout()
+    for function in (F.dropout, F.drop_path, layer):
+        for name in ("native", "reference"):
+            with mp.backend(name), Operators() as operators:
+                function(x).sum().backward()
+            assert len(operators.ours) == (2 if name == "native" else 0)
+    layer.backend = "reference"
+    with Operators() as operators:
+        layer(x).sum().backward()
+    assert not operators.ours
 
 
 def test_another_backend_recompiles():
@@ -335,10 +368,10 @@ def test_nested_tensors(engine):
     x.requires_grad_()
 
     def function(x):
-        return x + F.dropout(x, 0.5, key=KEY)
+        return x + F.dropout(x, 0.5, key=KEY, offset=3, scaling="classic")
 
     y = (torch.compile(function, backend=engine, fullgraph=True) if engine else function)(x)
-    slope = 1 + F.dropout(torch.ones(6, 5), 0.5, key=KEY)
+    slope = 1.0 + F.dropout_mask((6, 5), 0.5, KEY, 3)
     assert torch.equal(y.values(), x.values() * slope)
     y.values().sum().backward()
     assert torch.equal(x.grad.values(), slope)

@@ -149,6 +149,9 @@ def test_fold_in_is_philox_of_its_own_counters():
     assert torch.equal(mask.fold_in(key, torch.tensor([n])), expected)
     assert torch.equal(mask._fold_in(key, torch.tensor(n)), expected)
     assert not torch.equal(mask.fold_in(key, n + 1), expected)
+    last, minus_one = mask.fold_in(key, 2**62 - 1), torch.tensor(-1)  # a tensor counts modulo 2^62
+    assert torch.equal(mask.fold_in(key, minus_one), last)
+    assert torch.equal(mask._fold_in(key, minus_one), last)
 
 
 @pytest.mark.parametrize(

@@ -69,9 +69,24 @@ def test_bad_probability(pair, p):
         module(torch.ones(2, 3, 4))
 
 
-def test_arguments_start_as_torchs(pair):
-    ours, theirs = (list(inspect.signature(cls).parameters.values()) for cls in pair)
-    assert [(a.name, a.default, a.kind) for a in ours[:2]] == [(a.name, a.default, a.kind) for a in theirs]
+FUNCTIONS = [
+    "dropout",
+    "dropout1d",
+    "dropout2d",
+    "dropout3d",
+    "alpha_dropout",
+    "feature_alpha_dropout",
+]
+
+
+@pytest.mark.parametrize("name", [*NAMES, *FUNCTIONS])
+def test_arguments_start_as_torchs(name):
+    packages = (mp.nn, torch.nn) if name in NAMES else (mp.functional, torch.nn.functional)
+    ours, theirs = (
+        [(a.name, a.default, a.kind) for a in inspect.signature(getattr(package, name)).parameters.values()]
+        for package in packages
+    )
+    assert ours[: len(theirs)] == theirs
 
 
 @pytest.mark.filterwarnings("ignore:dropout")
@@ -161,6 +176,7 @@ def test_drop_path():
     assert torch.equal(y, y[:, :1, :1].expand(200, 3, 4))
     assert module.eval()(x) is x
     assert repr(module) == "DropPath(p=0.5, inplace=False)"
+    assert mp.nn.DropPath(0.5, inplace=True)(x) is x
     with pytest.raises(ValueError, match="p must be in"):
         mp.nn.DropPath(1.5)
 

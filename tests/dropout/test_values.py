@@ -81,6 +81,7 @@ def test_the_ends(backend, p):
     assert y is x if p == 0 else not y.any()
     assert torch.equal(before, torch.get_rng_state()) == (p == 0)
     assert F.dropout(x, p, training=False) is x
+    assert (F.dropout(x, p, scaling="classic") is x) == (p == 0)
     assert torch.equal(F.dropout(x, torch.tensor(float(p))), x if p == 0 else torch.zeros(100))
 
 
@@ -94,8 +95,13 @@ def test_empty(backend):
         assert F.dropout(x, 0.5, mask_shape=(1,) * len(shape)).shape == shape
         for p in (1.0, torch.tensor(1.0)):
             assert F.dropout(x.detach(), p, inplace=True).shape == shape
-    assert F.bias_dropout_add(torch.empty(0, 4), torch.ones(4), torch.empty(0, 4)).shape == (0, 4)
-    assert F.softmax_dropout(torch.empty(2, 0)).shape == (2, 0)
+    for shape in [(0, 4), (4, 0), (0,)]:
+        bias, x = torch.ones(shape[-1], requires_grad=True), torch.empty(shape)
+        F.bias_dropout_add(x, bias, x).sum().backward()
+        assert torch.equal(bias.grad, torch.zeros(shape[-1]))
+    scores = torch.empty(2, 0, requires_grad=True)
+    F.softmax_dropout(scores).sum().backward()
+    assert scores.grad.shape == (2, 0)
 
 
 def eager_alpha(x, kept, p):
@@ -294,5 +300,7 @@ def test_exponential_to_the_last_place():
 def test_evaluation_leaves_the_generator_alone(backend):
     before, x = torch.get_rng_state(), torch.randn(3, 4, generator=torch.Generator())
     assert torch.equal(F.bias_dropout_add(x, x[0], x, 0.5, training=False), x + (x + x[0]))
-    torch.testing.assert_close(F.softmax_dropout(x, 0.5, training=False), x.softmax(-1))
+    assert torch.equal(F.bias_dropout_add(x, x[0], x, torch.tensor(0.5), training=False), x + (x + x[0]))
+    for p in (0.5, torch.tensor(0.5)):
+        torch.testing.assert_close(F.softmax_dropout(x, p, training=False), x.softmax(-1))
     assert torch.equal(before, torch.get_rng_state())
