@@ -45,10 +45,12 @@ def dropout(
 
     Args:
         input: float16, bfloat16, float32 or float64, any shape. Positions count in memory order if the tensor
-            is dense (contiguous, channels_last, transposed), else row-major.
-        p: drop probability in [0, 1]. A tensor with one element on the input's device is read by the kernel,
-            so nothing waits for the device and a new value does not recompile; on a GPU it is clamped to
-            [0, 1] instead of checked. ``p`` gets no gradient.
+            is dense (contiguous, channels_last, transposed), else row-major. Of a nested tensor, contiguous
+            and with ``layout=torch.jagged``, the values are the input.
+        p: drop probability in [0, 1]. A tensor with one element, of any real dtype, on the input's device is
+            read by the kernel, so nothing waits for the device and a new value does not recompile; where its
+            value is not at hand (on a GPU, in a graph) it may be clamped to [0, 1] instead of checked. ``p``
+            gets no gradient.
         training: False returns ``input``, with classic scaling ``(1 - p) * input``.
         inplace: write the result into ``input``.
         key: int64 tensor of shape (2,) on the input's device, see :func:`modeprobe.mask.key`. By default a
@@ -64,7 +66,7 @@ def dropout(
         without ``training``, ``input`` itself.
 
     Raises:
-        ValueError, TypeError: an argument is not as above.
+        ValueError, TypeError: an argument is not as above, or ``input`` is a DTensor: give ``to_local()``.
         RuntimeError: the selected backend cannot run on this device.
     """
     plain = type(input) is Tensor

@@ -7,7 +7,6 @@ double backward and forward derivative are the operator itself without the const
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -165,7 +164,7 @@ def masked(
     if torch.compiler.is_compiling():
         if x.requires_grad and torch.is_grad_enabled():
             return Masked.apply(x, key, p_tensor, p, rest, operator, name)
-    elif torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+    elif transforming():
         return MaskedTransforms.apply(x, key, p_tensor, p, rest, operator, name)
     elif x.requires_grad and torch.is_grad_enabled():
         return _masked(x, key, p_tensor, p, rest, operator, name)
@@ -372,17 +371,9 @@ def softmax_dropout(
     name: str,
 ) -> Tensor:
     if not torch.compiler.is_compiling() and transforming():
-        probabilities = _softmax(scores, mask)
+        probabilities = dropout_reference.softmax(scores, mask).to(scores.dtype)
         return masked(probabilities, key, p_tensor, p, ((), offset, True), "structured_dropout", name)
     if torch.is_grad_enabled() and (scores.requires_grad or (mask is not None and mask.requires_grad)):
         apply = SoftmaxDropout.apply if torch.compiler.is_compiling() else _softmax_dropout
         return apply(scores, mask, key, p_tensor, p, offset, name)[0]
     return operators(name).softmax_dropout(scores, mask, key, p, False, offset, p_tensor)[0]
-
-
-def _softmax(scores: Tensor, mask: Tensor | None) -> Tensor:
-    """Softmax over the last dimension; zeros where nothing takes part."""
-    if mask is not None:
-        scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
-    empty = (scores == -math.inf).all(-1, keepdim=True)
-    return scores.masked_fill(empty, 0.0).softmax(-1).masked_fill(empty, 0.0)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from modeprobe import mask
+from modeprobe.reference import accumulate_dtype
 
 ALPHA = -1.7580993408473766  # what SELU tends to: -scale * alpha
 
@@ -37,21 +38,14 @@ def _laid_out(x: Tensor, value: Tensor) -> Tensor:
     return y.clone() if torch.compiler.is_compiling() else y
 
 
-def in_memory_order(mask_: Tensor, x: Tensor) -> Tensor:
-    """A flat mask in the shape of ``x``, following its memory if it is dense."""
-    return mask_.as_strided(x.shape, x.stride()) if is_dense(x) else mask_.view(x.shape)
-
-
-def accumulate_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
 def _rate(p: float, p_tensor: Tensor | None) -> float | Tensor:
     return p if p_tensor is None else p_tensor.reshape(())
 
 
 def _flat_mask(x: Tensor, key: Tensor, p: float | Tensor, offset: int) -> Tensor:
-    return in_memory_order(mask.keep_mask((x.numel(),), p, key, offset), x)
+    """A mask in the shape of ``x``, following its memory if it is dense."""
+    kept = mask.keep_mask((x.numel(),), p, key, offset)
+    return kept.as_strided(x.shape, x.stride()) if is_dense(x) else kept.view(x.shape)
 
 
 def _shared_mask(
@@ -165,6 +159,15 @@ def bias_dropout_add_backward(
     return grad.to(grad_output.dtype).contiguous(), total.to(grad_output.dtype)
 
 
+def softmax(scores: Tensor, mask_: Tensor | None) -> Tensor:
+    """Softmax over the last dimension in the accumulate type; zeros where nothing takes part."""
+    s = scores.to(accumulate_dtype(scores))
+    if mask_ is not None:
+        s = s.masked_fill(~mask_, -math.inf) if mask_.dtype == torch.bool else s + mask_.to(s.dtype)
+    empty = (s == -math.inf).all(-1, keepdim=True)
+    return s.masked_fill(empty, 0.0).softmax(-1).masked_fill(empty, 0.0)
+
+
 def softmax_dropout(
     scores: Tensor,
     mask_: Tensor | None,
@@ -174,12 +177,7 @@ def softmax_dropout(
     offset: int = 0,
     p_tensor: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    rate, acc = _rate(p, p_tensor), accumulate_dtype(scores)
-    s = scores.to(acc)
-    if mask_ is not None:
-        s = s.masked_fill(~mask_, -math.inf) if mask_.dtype == torch.bool else s + mask_.to(acc)
-    empty = (s == -math.inf).all(-1, keepdim=True)
-    probabilities = torch.where(empty, 0.0, s.softmax(-1))
+    rate, probabilities = _rate(p, p_tensor), softmax(scores, mask_)
     kept = mask.keep_mask(scores.shape, rate, key, offset)
     saved = probabilities.to(scores.dtype).contiguous() if save else scores.new_empty(0)
     return _drop(probabilities, kept, rate).to(scores.dtype).contiguous(), saved
