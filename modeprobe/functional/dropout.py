@@ -124,7 +124,7 @@ def dropout(
     )
 
 
-def _jagged(input: Tensor, p: float | Tensor, inplace: bool, **options: Any) -> Tensor:
+def _jagged(input: Any, p: float | Tensor, inplace: bool, **options: Any) -> Tensor:
     """Dropout of a nested tensor: that of its values."""
     if inplace or options["mask_shape"] is not None or not input.is_contiguous():
         raise ValueError(

@@ -314,7 +314,12 @@ def test_autocast_mixes_dtypes_as_torch_does():
     with pytest.raises(ValueError, match=r"mask must be .*bfloat16 on"):
         F.softmax_dropout(short, 0.5, added)
     with torch.autocast("cpu", torch.bfloat16):
-        for a, b, c in ((short, bias, residual), (short, None, residual), (x, bias, short)):
+        for a, b, c in (
+            (short, bias, residual),
+            (short, None, residual),
+            (x, bias, short),
+            (short, bias, short),
+        ):
             plain = c + (a if b is None else a + b)
             ours = F.bias_dropout_add(a, b, c, training=False)
             assert ours.dtype == plain.dtype == torch.float32

@@ -49,6 +49,14 @@ def test_offsets_past_32_bits(offset):
     assert torch.equal(F.dropout_mask(5000, 0.1, key, offset), mask.keep_mask((5000,), 0.1, key, offset))
 
 
+def test_keys_of_any_strides():
+    key = mask.key(7, 9)
+    strided = torch.stack([key, key + 1], 1)[:, 0]
+    assert strided.stride() == (2,)
+    assert torch.equal(F.dropout_mask(1000, 0.3, strided), mask.keep_mask((1000,), 0.3, key))
+    assert torch.equal(mask.fold_in(strided, 5), mask.fold_in(key, 5))
+
+
 def test_ties_follow_the_second_draw():
     """With p = 0.1, one element in 65,536 is a tie: some 64 of them here, decided both ways."""
     key = mask.key(9)
