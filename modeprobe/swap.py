@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from modeprobe.nn.fused import FOLDED, activation_name
+from modeprobe.nn.fused import FOLDED, activation_name, has_hooks
 from modeprobe.ops import backend as backends
 
 # Names in torch.nn; each is replaced by the class of the same name in modeprobe.nn.
@@ -31,9 +31,6 @@ SWAPPED = (
 # In the instance, not in a registry: copies and pickles of a swapped model can be restored, too. Its value is
 # the dtype of the weight at the swap, None without one.
 _MARK = "_modeprobe_swapped"
-# In each module of a fused run, the run: its modules are restored together.
-_RUN = "_modeprobe_fused"
-_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
 @dataclass(frozen=True)
@@ -138,8 +135,9 @@ def swap(model: nn.Module, *, fuse: bool = False, backend: str | None = None) ->
         model: any module; it is changed in place.
         fuse: also let each BatchNorm in an ``nn.Sequential`` do the ReLU, LeakyReLU, SiLU or GELU after it,
             and a Dropout after that, in the same pass. They stay in place and pass their input on, so do not
-            call a slice of such a Sequential that ends between them. Modules with hooks, or used in more
-            than one place, are not fused.
+            call a slice of such a Sequential that ends between them, and restore before layers are taken out.
+            Modules with hooks, or used in more than one place, are not fused; hooks that come later are
+            shown each layer's own output.
         backend: the backend that the replaced modules use, as in :func:`modeprobe.backend`. By default
             the one in force when they are called.
 
@@ -179,13 +177,12 @@ def swap(model: nn.Module, *, fuse: bool = False, backend: str | None = None) ->
     if fuse:
         single = {module: paths[0] for module, paths in paths_of if len(paths) == 1}
         for run in _fusible(model, plan, single):
-            norm, activation, *dropout = run
-            now: dict[str, Any] = {"activation": activation_name(activation), _RUN: run}
-            now["folded_dropout"] = tuple(dropout)
+            norm, activation = run[:2]
+            now: dict[str, Any] = {"activation": activation_name(activation), "fused_run": run}
             if isinstance(activation, nn.LeakyReLU):
                 now["negative_slope"] = activation.negative_slope
             plan[norm] = plan[norm][0], {**settings, **now}
-            plan.update({module: (FOLDED[type(module)], {_RUN: run}) for module in run[1:]})
+            plan.update({module: (FOLDED[type(module)], {"fused_run": run}) for module in run[1:]})
             fused.append(tuple(single[module] for module in run))
     done: list[nn.Module] = []
     try:
@@ -226,7 +223,7 @@ def _restore(named: Iterable[tuple[str, nn.Module]]) -> int:
     plan = []
     marked = {id(module): (name, module) for name, module in named if _MARK in module.__dict__}
     for name, module in list(marked.values()):
-        for other in module.__dict__.get(_RUN, ()):
+        for other in getattr(module, "fused_run", ()):
             marked.setdefault(id(other), (f"{name} (fused with it)", other))
     for name, module in marked.values():
         cls = type(module)
@@ -245,7 +242,6 @@ def _restore(named: Iterable[tuple[str, nn.Module]]) -> int:
             del module.__dict__[key]
         if module.__dict__.pop(_MARK) != _weight_dtype(module):
             _narrow_buffers(module)
-        module.__dict__.pop(_RUN, None)
     return len(plan)
 
 
@@ -354,14 +350,14 @@ def _fusible(
                 continue
             if type(run[-1]) is not nn.Dropout:
                 del run[2:]
-            while len(run) > 1 and not all(module in single and not _has_hooks(module) for module in run):
+            while len(run) > 1 and not all(module in single and _as_it_was_made(module) for module in run):
                 del run[-1]
             if len(run) > 1:
                 yield run
 
 
-def _has_hooks(module: nn.Module) -> bool:
-    return "forward" in module.__dict__ or any(module.__dict__[name] for name in _HOOKS)
+def _as_it_was_made(module: nn.Module) -> bool:
+    return "forward" not in module.__dict__ and not has_hooks(module)
 
 
 def _kind(module: nn.Module) -> str:

@@ -190,6 +190,51 @@ def test_a_fused_dropout_keeps_its_own_p_and_mode():
     assert [type(module) for module in twin] == [nn.BatchNorm1d, nn.ReLU, nn.Dropout]
 
 
+def watched(model, x, wide):
+    """What hooks of every kind, registered on each layer or on all modules, see of a run of `model`."""
+    seen = []
+
+    def forward(module, inputs, output):
+        seen.extend((inputs[0].clone(), output.clone()))
+
+    def backward(module, of_inputs, of_outputs):
+        seen.extend((of_inputs[0], of_outputs[0]))
+
+    everywhere = nn.modules.module
+    handles = []
+    for layer in [None] if wide else model:
+        on = everywhere if layer is None else layer
+        prefix = "register_module" if layer is None else "register"
+        handles += [
+            getattr(on, f"{prefix}_forward_pre_hook")(lambda module, inputs: seen.append(inputs[0].clone())),
+            getattr(on, f"{prefix}_forward_hook")(forward),
+            getattr(on, f"{prefix}_full_backward_hook")(backward),
+        ]
+    model.zero_grad()
+    (model(x) - 1).pow(3).sum().backward()
+    for handle in handles:
+        handle.remove()
+    return [*seen, *(parameter.grad for parameter in model.parameters())]
+
+
+@pytest.mark.parametrize("wide", [False, True], ids=["hooks of the layers", "hooks of all modules"])
+def test_hooks_registered_after_fusing_see_every_layer(wide):
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.SiLU(), nn.Dropout(0.0))
+    apart = copy.deepcopy(model)
+    x = torch.randn(8, 4, requires_grad=True)
+    assert mp.swap(model, fuse=True).fused
+    mine, theirs = watched(model, x, wide), watched(apart, x, wide)
+    assert len(mine) > 4 * 5
+    torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+    doubling = [
+        each[2].register_forward_hook(lambda module, inputs, output: output * 2) for each in (model, apart)
+    ]
+    torch.testing.assert_close(model(x), apart(x))
+    for handle in doubling:
+        handle.remove()
+    assert torch.equal(model[1](model[0](x)), model(x))  # in one pass again
+
+
 def hooked(module):
     module.register_forward_hook(lambda *_: None)
     return module
@@ -304,11 +349,12 @@ def test_dtypes_that_differed_before_the_swap_are_left_alone():
 
 
 @pytest.mark.filterwarnings("ignore")  # torch.jit warns of everything it cannot follow
-def test_traces():
+@pytest.mark.parametrize("fuse", [False, True])
+def test_traces(fuse):
     """torch.fx takes swapped layers as calls, as torch's; torch.jit records their operators."""
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.3))
     expected = [node.op for node in torch.fx.symbolic_trace(model).graph.nodes]
-    mp.swap(model)
+    mp.swap(model, fuse=fuse)
     traced = torch.fx.symbolic_trace(model)
     assert [node.op for node in traced.graph.nodes] == expected
     x = torch.randn(2, 3, 5, 5)

@@ -25,7 +25,7 @@ def on_own_backend(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
     def run(self: Any, input: Tensor) -> Tensor:
         if isinstance(input, Proxy):
-            return _as_leaf(self, input)
+            return as_leaf(self, input)
         if self.backend is None:
             return forward(self, input)
         with _own(self.backend):
@@ -33,7 +33,7 @@ def on_own_backend(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
     def run_with_residual(self: Any, input: Tensor, residual: Tensor | None = None) -> Tensor:
         if isinstance(input, Proxy):
-            return _as_leaf(self, input, *(() if residual is None else (residual,)))
+            return as_leaf(self, input, *(() if residual is None else (residual,)))
         if self.backend is None:
             return forward(self, input, residual)
         with _own(self.backend):
@@ -48,6 +48,7 @@ def _own(name: str) -> AbstractContextManager[None]:
     return backend(name) if is_compiling() else own_backend(name)
 
 
-def _as_leaf(module: Any, *args: Any) -> Any:
+def as_leaf(module: Any, *args: Any) -> Any:
+    """The call of ``module`` in the graph of ``torch.fx.symbolic_trace``."""
     tracer = args[0].tracer
     return tracer.create_proxy("call_module", tracer.path_of_module(module), args, {})

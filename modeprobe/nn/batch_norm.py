@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from modeprobe import functional as F
 from modeprobe.nn._backend import on_own_backend
+from modeprobe.nn.fused import in_one_pass
 from modeprobe.nn.policy import StatisticsPolicy
 from modeprobe.ops import batch_norm as ops
 from modeprobe.ops.sync_batch_norm import sum_over_processes
@@ -28,8 +29,8 @@ class _BatchNorm(StatisticsPolicy, nn.modules.batchnorm._BatchNorm):
     dropout_p = 0.0
     nonfinite = "propagate"
     float32_buffers = True
-    # The Dropout that swap(fuse=True) folded in, in a tuple: it must not become a submodule.
-    folded_dropout: tuple[nn.Dropout, ...] = ()
+    # This layer and those that swap(fuse=True) folded into it; not submodules, so in a plain sequence.
+    fused_run: Sequence[nn.Module] = ()
     backend: str | None = None
 
     def __init__(
@@ -124,11 +125,12 @@ class _BatchNorm(StatisticsPolicy, nn.modules.batchnorm._BatchNorm):
             # A factor of 1 assigns: these become the batch's own statistics.
             mean, var = input.new_full((2, self.num_features), torch.nan, dtype=accumulate_dtype(input))
             counter, momentum = input.new_zeros((), dtype=torch.int64), 1.0
-        folded = self.folded_dropout
-        if folded:
-            dropout_p = folded[0].p if folded[0].training else 0.0
-        else:
-            dropout_p = self.dropout_p if self.training else 0.0
+        activation, dropout_p = self.activation, self.dropout_p if self.training else 0.0
+        run = self.fused_run
+        if run and not in_one_pass(run):
+            activation, dropout_p = None, 0.0
+        elif len(run) == 3 and run[2].training:
+            dropout_p = run[2].p
         output = function(
             input,
             mean,
@@ -138,7 +140,7 @@ class _BatchNorm(StatisticsPolicy, nn.modules.batchnorm._BatchNorm):
             training or without_buffers,
             0.0 if momentum is None and counter is None else momentum,
             self.eps,
-            activation=self.activation,
+            activation=activation,
             negative_slope=self.negative_slope,
             residual=residual,
             dropout_p=dropout_p,

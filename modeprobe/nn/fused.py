@@ -1,19 +1,42 @@
 """Layers that ``swap(model, fuse=True)`` has folded into the BatchNorm before them.
 
-They stay in the model, so that paths and indices hold and restore can put them back, and pass their input on.
+They stay in the model, so that paths and indices hold and restore can put them back, and pass their input on;
+while there are hooks, which see what is between the layers, each layer does its own part.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor, nn
+from torch.fx import Proxy
+from torch.nn.modules.module import _has_any_global_hook
+
+from modeprobe.nn._backend import as_leaf
+
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
-class _Folded:
+def has_hooks(module: nn.Module) -> bool:
+    return any(getattr(module, name) for name in _HOOKS)
+
+
+def in_one_pass(run: Sequence[nn.Module]) -> bool:
+    """Whether the BatchNorm of a run does the others' part now: nobody looks between the layers."""
+    return not (_has_any_global_hook() or any(has_hooks(module) for module in run))
+
+
+class _Folded(nn.Module):
+    # BatchNorm, activation and perhaps Dropout; not submodules, so in a plain sequence.
+    fused_run: Sequence[nn.Module] = ()
+
     def forward(self, input: Tensor) -> Tensor:
-        return input
+        if isinstance(input, Proxy):
+            return as_leaf(self, input)
+        return input if in_one_pass(self.fused_run) else super().forward(input)
 
     def extra_repr(self) -> str:
-        return ", ".join(filter(None, [super().extra_repr(), "folded into BatchNorm"]))  # type: ignore[misc]
+        return ", ".join(filter(None, [super().extra_repr(), "folded into BatchNorm"]))
 
 
 class FoldedReLU(_Folded, nn.ReLU):
