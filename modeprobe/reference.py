@@ -2,7 +2,8 @@
 
 Formulas: Ioffe and Szegedy, "Batch Normalization" (2015), with running statistics as in
 :class:`torch.nn.BatchNorm2d`. Float64 input is computed in float64, anything else in float32. The functions
-named ``batch_norm_*`` are the operators of ``csrc/library.cpp``, by signature and result, on any device.
+named ``batch_norm_*`` are the operators of ``csrc/library.cpp``, by signature and result, on any device;
+where they update buffers, ``fold`` is what does it.
 """
 
 from __future__ import annotations
@@ -143,21 +144,24 @@ def fold(
     variance: Tensor,
     count: Tensor | int,
 ) -> None:
-    """Fold a batch into the running buffers, without a look at any value from the host."""
-    empty = torch.as_tensor(count == 0, device=mean.device)
-    take = torch.ones_like(empty)
+    """Fold a batch into the running buffers, without a look at any value from the host.
+
+    A batch of fewer than two values per channel is only counted: it has no unbiased variance.
+    """
+    few = torch.as_tensor(count < 2, device=mean.device)
+    take = torch.ones_like(few)
     if skipped_batches is not None:
-        take = (mean.isfinite() & variance.isfinite()).all() | empty
+        take = (mean.isfinite() & variance.isfinite()).all()
         skipped_batches += ~take
     if num_batches_tracked is not None:
         num_batches_tracked += take
-    take = take & ~empty
+    take = take & ~few
     factor: float | Tensor = 0.0
     if momentum is not None:
         factor = momentum
     elif num_batches_tracked is not None:
         factor = 1 / num_batches_tracked.to(mean.dtype)
-    for buffer, batch in ((running_mean, mean), (running_var, variance * (count / (count - 1 + empty)))):
+    for buffer, batch in ((running_mean, mean), (running_var, variance * (count / (count - 1 + few)))):
         if buffer is None:
             continue
         old = buffer.to(mean.dtype)
@@ -205,22 +209,12 @@ def batch_norm_train(
     key=None,
     p=0.0,
     save_sign_bits=False,
+    fold=fold,
 ):
     mean, variance = mean_and_variance(input)
     y, z = normalize(input, mean, variance, weight, bias, eps, residual, activation, slope, key, p)
-    if input.numel() == 0:
-        mean, variance = torch.zeros_like(mean), torch.zeros_like(variance)
     count = input.numel() // max(1, input.shape[1])
-    fold(
-        running_mean,
-        running_var,
-        num_batches_tracked,
-        skipped_batches,
-        momentum,
-        mean,
-        variance,
-        count,
-    )
+    fold(running_mean, running_var, num_batches_tracked, skipped_batches, momentum, mean, variance, count)
     return _results(input, y, z, mean, variance, eps, True, save_sign_bits)
 
 
@@ -330,7 +324,9 @@ def batch_norm_moments(input):
     return torch.cat((mean, variance * count, split))
 
 
-def batch_norm_merge(moments, running_mean, running_var, num_batches_tracked, skipped_batches, momentum):
+def batch_norm_merge(
+    moments, running_mean, running_var, num_batches_tracked, skipped_batches, momentum, fold=fold
+):
     channels = (moments.shape[1] - 2) // 2
     means, m2 = moments[:, :channels], moments[:, channels : 2 * channels]
     counts = (moments[:, -2] + moments[:, -1] * COUNT_BASE)[:, None]

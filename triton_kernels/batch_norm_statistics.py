@@ -224,7 +224,7 @@ def _batch_norm_merge_kernel(
             second = 1.0 / tl.sqrt(m2 / tl.maximum(total, 1.0) + _from_bits(eps, ACC))
         tl.store(mean_ptr + column, mean, mask=known)
         tl.store(second_ptr + column, second, mask=known)
-        folded = known & update & (count > 0)
+        folded = known & update & (count > 1)  # one value has no unbiased variance
         _fold(running_mean_ptr, column, folded, factor, mean)
         _fold(running_var_ptr, column, folded, factor, m2 / (count - 1).to(ACC))
         if count_ptr is not None and SECOND == "m2":
@@ -391,7 +391,7 @@ def launch_batch_norm_statistics(
     Where given, ``num_batches_tracked`` is counted up and the buffers become
     ``(1 - f) * running + f * batch``, f = momentum or, where that is None, 1 / num_batches_tracked; the
     variance is unbiased; f = 1 assigns. With ``skipped_batches``, a batch with a non-finite mean or variance
-    in any channel changes only that count. An empty batch is only counted.
+    in any channel changes only that count. A batch of fewer than two values per channel is only counted.
     """
     acc = accumulate_dtype(x.dtype)
     if x.numel():

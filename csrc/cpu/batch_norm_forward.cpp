@@ -160,7 +160,7 @@ struct Running {
       }
     }
     if (counter.has_value()) ++*mutable_data<int64_t>(*counter);
-    if (n == 0) return;
+    if (n < 2) return;  // no unbiased variance
     const double f = momentum.has_value()  ? *momentum
                      : counter.has_value() ? 1 / double(*data<int64_t>(*counter))
                                            : 0;

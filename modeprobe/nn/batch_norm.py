@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from modeprobe import functional as F
 from modeprobe.nn._backend import on_own_backend
@@ -81,11 +82,29 @@ class _BatchNorm(StatisticsPolicy, nn.modules.batchnorm._BatchNorm):
         if nonfinite == "skip" and counter is not None:
             # Not in the state dict, which stays that of torch's module.
             self.register_buffer("skipped_batches", torch.zeros_like(counter), persistent=False)
-        if float32_buffers:
+        self._widen()
+
+    def _widen(self) -> None:
+        if self.float32_buffers:
             for key in ("running_mean", "running_var"):
                 buffer = self._buffers[key]
                 if buffer is not None and buffer.dtype in _HALVES:
                     self._buffers[key] = buffer.float()
+
+    def reset_running_stats(self) -> None:
+        """As torch's; the count of skipped batches and what is pending begin anew, too."""
+        super().reset_running_stats()
+        for own in (self._buffers.get("skipped_batches"), self._pending):
+            if own is not None:
+                own.zero_()
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        # With assign=True the state dict's tensors take the buffers' place, whatever their dtype and device.
+        self._widen()
+        counter, own = self.num_batches_tracked, self._buffers.get("skipped_batches")
+        if counter is not None and own is not None and own.device != counter.device:
+            self.skipped_batches = torch.zeros_like(counter) if own.is_meta else own.to(counter.device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         before = {key: self._buffers.get(key) for key in ("running_mean", "running_var")}
@@ -259,9 +278,21 @@ class SyncBatchNorm(_BatchNorm, nn.SyncBatchNorm):
 
         The module objects stay, as with :func:`modeprobe.swap`, and with them parameters, buffers, hooks,
         modeprobe's options and what was fused into the layer. ``module`` itself may be such a layer.
+
+        Raises:
+            ValueError: a layer is lazy and has seen no input yet, or is parametrized. Nothing was changed.
         """
-        for layer in module.modules():
-            if isinstance(layer, nn.modules.batchnorm._BatchNorm):
-                layer.__class__ = cls
-                layer.process_group = process_group
+        norms = nn.modules.batchnorm._BatchNorm
+        layers = {name: layer for name, layer in module.named_modules() if isinstance(layer, norms)}
+        for name, layer in layers.items():
+            reason = None
+            if isinstance(layer, nn.modules.lazy.LazyModuleMixin):
+                reason = "lazy; run one forward pass first"
+            elif is_parametrized(layer):
+                reason = "parametrized; convert first, then parametrize"
+            if reason is not None:
+                raise ValueError(f"convert_sync_batchnorm: {name or 'module'} is {reason}")
+        for layer in layers.values():
+            layer.__class__ = cls
+            layer.process_group = process_group
         return module

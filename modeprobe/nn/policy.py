@@ -50,12 +50,19 @@ class StatisticsPolicy(nn.Module):
         return self.running_mean.new_zeros(2 * self.running_mean.numel() + 1, dtype=torch.float64)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        """Pending moments move with the module but keep their dtype; on "meta" they are forgotten."""
         super()._apply(fn, recurse)
+        self._place_pending()
+        return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._place_pending()
+
+    def _place_pending(self) -> None:
+        """Pending moments move with the module but keep their dtype; on "meta" they are forgotten."""
         if self._pending is not None and self.running_mean is not None:
             unplaced = self._pending.is_meta or self.running_mean.is_meta
             self._pending = self._nothing() if unplaced else self._pending.to(self.running_mean.device)
-        return self
 
     @torch.no_grad()
     def hold(self, mean: Tensor, variance: Tensor, n: int | Tensor, taken: Tensor) -> None:

@@ -7,6 +7,7 @@ never a running buffer: these may change between the two passes.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -27,7 +28,7 @@ ACTIVATIONS = {
     "gelu_tanh": reference.GELU_TANH,
 }
 
-_backends: dict[str, Any] = {"reference": reference}
+_backends: dict[str, Any] = {}
 
 
 class Epilogue(NamedTuple):
@@ -66,13 +67,14 @@ def once(name: str, operator: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
+_library = torch.library.Library("modeprobe", "FRAGMENT")
+
 if _extension.loaded():
     for _name, _fake in FAKES.items():
         torch.library.register_fake(f"modeprobe::{_name}", _fake)
     _backends["native"] = SimpleNamespace(
         **{_name: getattr(torch.ops.modeprobe, _name).default for _name in FAKES}
     )
-    _library = torch.library.Library("modeprobe", "FRAGMENT")
     for _name in UPDATING:
         _operator, _once = getattr(_backends["native"], _name), f"{_name}_once"
         _library.define(
@@ -82,6 +84,35 @@ if _extension.loaded():
         torch.library.register_fake(f"modeprobe::{_once}", FAKES[_name])
         _library.impl(_once, once(_name, _operator), "CompositeExplicitAutograd")
         setattr(_backends["native"], _once, getattr(torch.ops.modeprobe, _once).default)
+
+# The reference is plain torch, which a compiler sees through; only its update of the buffers is closed to it.
+_library.define(
+    "batch_norm_fold_once(Tensor(a!)? running_mean, Tensor(b!)? running_var, "
+    "Tensor(c!)? num_batches_tracked, Tensor(d!)? skipped_batches, float? momentum, "
+    "Tensor mean, Tensor variance, Tensor count) -> ()",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+@torch.library.impl(_library, "batch_norm_fold_once", "CompositeExplicitAutograd")
+def _fold_once(*args: Any) -> None:
+    if not recomputing():
+        reference.fold(*args)
+
+
+torch.library.register_fake("modeprobe::batch_norm_fold_once", lambda *args: None)
+
+
+def _traced_fold(*args: Any) -> None:
+    *buffers_and_moments, variance, count = args
+    count = count if isinstance(count, Tensor) else variance.new_full((), count)
+    torch.ops.modeprobe.batch_norm_fold_once(*buffers_and_moments, variance, count)
+
+
+_backends["reference"] = SimpleNamespace(
+    **{_name: getattr(reference, _name, None) for _name in FAKES},
+    **{f"{_name}_once": partial(getattr(reference, _name), fold=_traced_fold) for _name in UPDATING},
+)
 
 
 def operators(name: str) -> Any:
@@ -236,6 +267,16 @@ def differentiable_backward(
     return tuple(grads)
 
 
+def _vmapped(x: Tensor) -> set[int]:
+    """The levels of ``torch.vmap`` that have given `x` a dimension."""
+    functorch, levels = torch._C._functorch, set()
+    while functorch.is_functorch_wrapped_tensor(x):
+        if functorch.is_batchedtensor(x):
+            levels.add(functorch.maybe_get_level(x))
+        x = functorch.get_unwrapped(x)
+    return levels
+
+
 def _transformable(
     x: Tensor,
     running_mean: Tensor | None,
@@ -254,6 +295,14 @@ def _transformable(
         mean, variance = reference.mean_and_variance(x)
         buffers = running_mean, running_var, num_batches_tracked, skipped_batches
         if any(buffer is not None for buffer in buffers):
+            compiling = torch.compiler.is_compiling()
+            if not compiling and running_mean is not None and not _vmapped(x) <= _vmapped(running_mean):
+                # torch's own words.
+                raise RuntimeError(
+                    "Batch norm got a batched tensor as input while the running_mean or running_var, which "
+                    "will be updated in place, were not batched.\nIf you are using a module and do not need "
+                    "eval mode, please set `track_running_stats` to be False."
+                )
             count = x.numel() // max(1, x.shape[1])
             reference.fold(*buffers, momentum, mean.detach(), variance.detach(), count)
     else:

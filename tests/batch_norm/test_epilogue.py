@@ -115,15 +115,28 @@ def test_epilogue_dtypes(dtype):
             assert_as_good(f"{activation} {residual} {name}", value, own[name], truth[name])
 
 
-@pytest.mark.parametrize("activation", ["relu", "leaky_relu"])
-def test_a_rectified_residual_is_not_kept_alive(activation):
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("p", [0.0, 0.4])
+@pytest.mark.parametrize("with_residual", [False, True])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_what_is_saved(activation, with_residual, p, training):
+    """What the backward pass recomputes is not saved: bits alone where that would take the residual."""
     kept = []
     x, residual = sample((4, 3, 8, 8)).requires_grad_(), sample((4, 3, 8, 8)).requires_grad_()
+    weight, bias = (torch.rand(3, requires_grad=True) for _ in range(2))
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        MF.batch_norm(x, None, None, training=True, activation=activation, residual=residual)
-    assert not any(t.data_ptr() == residual.data_ptr() for t in kept)
-    saved = sum(t.numel() * t.element_size() for t in kept if t.data_ptr() != x.data_ptr())
-    assert saved <= 4 * 2 * 3 + x.numel() // 8
+        y = MF.batch_norm(
+            x, torch.zeros(3), torch.ones(3), weight, bias, training, activation=activation,
+            residual=residual if with_residual else None, dropout_p=p,
+        )  # fmt: skip
+    statistics, key, bits = 2 * 3 * 4, 2 * 8, x.numel() // 8
+    expected = [x.nbytes, statistics, weight.nbytes] + [key] * bool(p)
+    if with_residual and activation in ("relu", "leaky_relu"):
+        expected += [bits]
+    elif activation is not None:
+        expected += [bias.nbytes] + [residual.nbytes] * with_residual
+    assert sorted(t.nbytes for t in kept) == sorted(expected)
+    assert not any(t.data_ptr() == y.data_ptr() for t in kept)
 
 
 @pytest.mark.parametrize("activation", [None, "relu"])

@@ -10,6 +10,7 @@ from support.batch_norm import sample
 from torch import nn
 from torch.autograd import forward_ad
 from torch.nn import functional as F
+from torch.optim.swa_utils import AveragedModel, update_bn
 from torch.utils.checkpoint import checkpoint
 
 import modeprobe as mp
@@ -168,9 +169,10 @@ def test_nested_checkpoints():
     assert_same_state(ours, theirs)
 
 
+@pytest.mark.parametrize("backend", ["auto", "reference"])
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("inside", [True, False])
-def test_checkpointing_compiled_counts_a_batch_once(reentrant, inside):
+def test_checkpointing_compiled_counts_a_batch_once(reentrant, inside, backend):
     """Whether a forward is a recomputation is asked when the graph runs, not when it is made."""
     torch._dynamo.reset()
     ours, theirs = pair()
@@ -182,9 +184,9 @@ def test_checkpointing_compiled_counts_a_batch_once(reentrant, inside):
     for step in range(2):
         x = sample(DIMENSIONS[2], seed=step)
         a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
-        y, expected = run(a), theirs(b)
-        y.pow(3).sum().backward()
-        expected.pow(3).sum().backward()
+        with mp.backend(backend):
+            run(a).pow(3).sum().backward()
+        theirs(b).pow(3).sum().backward()
         torch.testing.assert_close(a.grad, b.grad)
     assert_same_state(ours, theirs)
 
@@ -247,6 +249,62 @@ def test_buffers_stay_float32(dtype):
     assert ours.float().double().running_mean.dtype == torch.float64
     assert ours.to("meta").half().running_mean.is_meta
     assert ours.to_empty(device="cpu").running_mean.dtype == torch.float32
+    ours.load_state_dict(torch_half.state_dict(), assign=True)
+    assert ours.weight.dtype == dtype
+    assert ours.running_mean.dtype == ours.running_var.dtype == torch.float32
+
+
+def test_made_on_meta_and_reset():
+    with torch.device("meta"):
+        ours = mp.nn.BatchNorm2d(5, nonfinite="skip", statistics="pending")
+    ours.load_state_dict(nn.BatchNorm2d(5).state_dict(), assign=True)
+    x = sample(DIMENSIONS[2])
+    ours(x)
+    ours(x * torch.nan)
+    ours.commit()
+    assert (ours.num_batches_tracked, ours.skipped_batches) == (1, 1)
+    theirs = nn.BatchNorm2d(5)
+    theirs(x)
+    assert_same_state(ours, theirs)
+    ours(x)
+    ours.reset_running_stats()
+    ours.commit()
+    assert ours.skipped_batches == 0
+    assert_same_state(ours, nn.BatchNorm2d(5))
+    skipping = nn.utils.skip_init(mp.nn.BatchNorm2d, 5, dtype=torch.bfloat16)
+    assert skipping.running_var.dtype == torch.float32
+
+
+def test_a_state_dict_from_before_batches_were_counted():
+    ours, theirs = pair()
+    old = copy.deepcopy(theirs.state_dict())
+    del old["num_batches_tracked"]
+    old._metadata[""]["version"] = 1
+    for module in (ours, theirs):
+        module.num_batches_tracked += 3
+        module.running_mean += 1
+        assert not any(module.load_state_dict(old.copy(), strict=True))
+    assert_same_state(ours, theirs)
+    assert not ours.running_mean.any()
+
+
+def test_torchs_tools():
+    """Averaging of weights, and folding into a convolution, which find their layers by torch's classes."""
+    ours = nn.Sequential(nn.Conv2d(3, 5, 1), mp.nn.BatchNorm2d(5))
+    theirs = nn.Sequential(nn.Conv2d(3, 5, 1), nn.BatchNorm2d(5))
+    theirs.load_state_dict(ours.state_dict())
+    data = [sample((n, 3, 4, 4), seed=n) for n in (4, 4, 2)]
+    averages = []
+    for model in (ours, theirs):
+        update_bn(data, model)
+        averages.append(AveragedModel(model, use_buffers=True))
+        averages[-1].update_parameters(model)
+        model(data[0] + 3)
+        averages[-1].update_parameters(model)
+    assert_same_state(ours, theirs)
+    assert_same_state(*averages)
+    folded = nn.utils.fusion.fuse_conv_bn_eval(*ours.eval())
+    torch.testing.assert_close(folded(data[0]), theirs.eval()(data[0]), rtol=1e-4, atol=1e-5)
 
 
 def test_copies_and_pickles():
@@ -278,16 +336,34 @@ def test_lazy_modules_after_materialisation():
 
 
 def test_functional_call():
+    """Plain, under grad, and for an ensemble under vmap; buffers that vmap does not share are refused."""
     ours, theirs = pair()
     x = sample(DIMENSIONS[2])
-    results = []
+    results, refused = [], []
     for module in (ours, theirs):
-        state = {k: v.clone() for k, v in module.state_dict().items()}
+
+        def call(parameters, buffers, module=module):
+            return torch.func.functional_call(module, (parameters, buffers), (x,)).pow(3).sum()
+
+        parameters, buffers = dict(module.named_parameters()), dict(module.named_buffers())
         before = copy.deepcopy(module.state_dict())
-        y = torch.func.functional_call(module, state, (x,))
-        results.append((y, state))
+        own = [{k: v.clone() for k, v in buffers.items()} for _ in range(2)]
+        stacked = torch.func.stack_module_state([copy.deepcopy(module) for _ in range(3)])
+        results.append(
+            (
+                call(parameters, own[0]),
+                torch.func.grad(call)(parameters, own[1]),
+                torch.func.vmap(call)(*stacked),
+                own,
+                stacked[1],
+            )
+        )
         assert all(torch.equal(before[k], v) for k, v in module.state_dict().items())
-    torch.testing.assert_close(results[0], results[1])
+        with pytest.raises(RuntimeError, match="track_running_stats` to be False") as error:
+            torch.func.vmap(module)(torch.stack([x, x]))
+        refused.append(str(error.value))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-3)
+    assert refused[1].startswith(refused[0])
 
 
 def test_autocast():
@@ -379,7 +455,7 @@ def test_compiled_by_inductor(inside):
 def test_export():
     model = nn.Sequential(nn.Conv2d(3, 5, 3), mp.nn.BatchNorm2d(5)).eval()
     x = sample((4, 3, 8, 8))
-    program = torch.export.export(model, (x,))
+    program = torch.export.export(model, (x,)).run_decompositions()
     torch.testing.assert_close(program.module()(x), model(x))
     training = torch.export.export(mp.nn.BatchNorm2d(5, momentum=None), (sample(DIMENSIONS[2]),))
     theirs = nn.BatchNorm2d(5, momentum=None)

@@ -35,8 +35,15 @@ def twice_differentiated(function, x, reduce=lambda value: None):
     return first.detach(), x.grad, weight.grad, bias.grad
 
 
+def layers(kind=mp.nn):
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(3, 3), kind.BatchNorm1d(3))
+
+
 def worker(rank, world, port, kinds, folder):
     import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
     from torch.nn.parallel import DistributedDataParallel
 
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
@@ -60,13 +67,19 @@ def worker(rank, world, port, kinds, folder):
                     dist.all_reduce(grad)
                 results[kind, str(options), recompute] = (y.detach(), x.grad, grads, state)
     # A buffer broadcast between two forwards and the backward pass.
-    torch.manual_seed(1)
-    model = DistributedDataParallel(
-        nn.Sequential(nn.Linear(3, 3), mp.nn.BatchNorm1d(3)), broadcast_buffers=True
-    )
-    x = torch.randn(4, 3)
-    (model(x).sum() + model(x * 2).pow(2).sum()).backward()
-    results["ddp"] = model.module[1].num_batches_tracked.item()
+    model = DistributedDataParallel(layers(), broadcast_buffers=True)
+    for kind in ("even", "uneven"):
+        y = model(batches(kind)[rank].flatten(1)[:, :3])
+        y.pow(3).sum().backward()
+    results["ddp"] = [p.grad for p in model.parameters()], dict(model.module[1].state_dict())
+    # Sharded parameters, whole buffers.
+    model = layers()
+    fully_shard(model, mesh=init_device_mesh("cpu", (world,)))
+    model(batches("even")[rank].flatten(1)[:, :3]).pow(3).sum().backward()
+    grads = [p.grad.full_tensor() for p in model.parameters()]
+    results["fsdp"] = grads, dict(model[1].named_buffers())
+    lonely = mp.nn.SyncBatchNorm(3)
+    results["lonely"] = lonely(torch.ones(1 - rank, 3)), dict(lonely.state_dict())
     bad = mp.nn.SyncBatchNorm(3, nonfinite="skip")
     bad(torch.full((2, 3), float("nan") if rank == 1 else 1.0))
     results["skipped"] = (bad.skipped_batches.item(), bad.num_batches_tracked.item(), bad.running_mean)
@@ -180,8 +193,28 @@ def test_checkpointing_compiled_counts_a_batch_once(results):
         torch.testing.assert_close(result["compiled"][1], dict(one.state_dict()))
 
 
-def test_broadcast_buffers(results):
-    assert [r["ddp"] for r in results] == [2, 2]
+def test_under_torchs_wrappers(results):
+    """Each process normalises with its own batch; gradients are averaged; DDP hands out rank 0's buffers."""
+    models = [layers(nn) for _ in range(2)]
+    for kind, wrapper in (("even", "fsdp"), ("uneven", "ddp")):
+        for model, x in zip(models, batches(kind), strict=True):
+            model(x.flatten(1)[:, :3]).pow(3).sum().backward()
+        for rank, result in enumerate(results):
+            grads, buffers = result[wrapper]
+            for mine, *own in zip(grads, *(model.parameters() for model in models), strict=True):
+                torch.testing.assert_close(mine, (own[0].grad + own[1].grad) / 2, rtol=1e-4, atol=1e-3)
+            for name, buffer in models[rank][1].named_buffers():
+                torch.testing.assert_close(buffers[name], buffer)
+        for buffer, of_rank_0 in zip(models[1].buffers(), models[0].buffers(), strict=True):
+            buffer.copy_(of_rank_0)
+
+
+def test_one_value_in_all_processes_has_no_variance_to_fold(results):
+    for rank, (y, state) in enumerate(result["lonely"] for result in results):
+        assert torch.equal(y, torch.zeros(1 - rank, 3))
+        torch.testing.assert_close(
+            state, nn.BatchNorm1d(3).state_dict() | {"num_batches_tracked": torch.tensor(1)}
+        )
 
 
 def test_a_non_finite_batch_on_one_rank_is_skipped_on_all(results):
@@ -212,6 +245,13 @@ def test_conversion():
     assert model[1].running_mean is mean
     assert model[1].activation == "relu"
     assert model[2].weight is None
+    lazy = nn.Sequential(nn.BatchNorm2d(4), nn.LazyBatchNorm2d())
+    parametrized = nn.Sequential(nn.BatchNorm2d(4), nn.BatchNorm2d(4))
+    nn.utils.parametrize.register_parametrization(parametrized[1], "weight", nn.Identity())
+    for unfit, why in ((lazy, "1 is lazy"), (parametrized, "1 is parametrized")):
+        with pytest.raises(ValueError, match=why):
+            mp.nn.SyncBatchNorm.convert_sync_batchnorm(unfit)
+        assert type(unfit[0]) is nn.BatchNorm2d
     by_torch = nn.SyncBatchNorm.convert_sync_batchnorm(nn.Sequential(mp.nn.BatchNorm2d(4)))
     assert type(by_torch[0]) is nn.SyncBatchNorm
 

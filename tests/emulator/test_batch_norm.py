@@ -360,7 +360,6 @@ def test_merge_of_processes_with_an_empty_one(dtype):
     parts = [make((n, c, (5,)), dtype, False, mean=3.0) for n in (4, 1, 9)]
     packed = [BatchNorm().moments(x) for x in parts]
     packed.insert(1, torch.zeros_like(packed[0]))
-    stacked = torch.stack(packed)
     mean, variance = (emulator.poisoned((c,), dtype) for _ in range(2))
     count = emulator.poisoned((1,), dtype)
     running_mean, running_var, batches = (
@@ -369,15 +368,25 @@ def test_merge_of_processes_with_an_empty_one(dtype):
         torch.tensor(0),
     )
     layer = BatchNorm(running_mean=running_mean, running_var=running_var, batches=batches, momentum=None)
-    emulator.module().batch_norm_merge(
-        emulator.DTYPES.index(dtype), layer.layer(parts[0]), stacked.data_ptr(), len(packed), mean.data_ptr(),
-        variance.data_ptr(), count.data_ptr(),
-    )  # fmt: skip
+
+    def merge(packed):
+        stacked = torch.stack(packed)
+        emulator.module().batch_norm_merge(
+            emulator.DTYPES.index(dtype), layer.layer(parts[0]), stacked.data_ptr(), len(packed),
+            mean.data_ptr(), variance.data_ptr(), count.data_ptr(),
+        )  # fmt: skip
+
+    merge(packed)
     flat = torch.cat(parts).double().transpose(0, 1).reshape(c, -1)
     torch.testing.assert_close(mean.double(), flat.mean(1), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(variance.double(), flat.var(1, correction=0), rtol=1e-5, atol=0)
     torch.testing.assert_close(running_var.double(), flat.var(1), rtol=1e-5, atol=0)
     assert (count.item(), batches.item()) == (70.0, 1)
+    before = running_mean.clone(), running_var.clone()
+    merge([BatchNorm().moments(make((1, c, (1,)), dtype, False)), packed[1]])
+    assert (count.item(), batches.item()) == (1.0, 2)
+    assert torch.equal(running_mean, before[0])
+    assert torch.equal(running_var, before[1])  # one value has no unbiased variance
 
 
 @pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])

@@ -78,7 +78,7 @@ __device__ __forceinline__ void fold_all(const Buffers<T>& buffers, const Moment
   const acc_t<T> factor = buffers.has_momentum ? buffers.momentum : acc_t<T>(1) / acc_t<T>(batches);
   for (int64_t c = thread; c < channels; c += threads) {
     const auto m = load_from_other_block(moments + c);
-    if (m.n > 0) fold_channel(buffers, c, m, factor);
+    if (m.n > 1) fold_channel(buffers, c, m, factor);  // one value has no unbiased variance
   }
 }
 

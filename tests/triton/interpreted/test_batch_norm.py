@@ -170,6 +170,11 @@ def test_moments_of_parts_merge_to_those_of_the_whole():
     assert_near(mean, x.double().mean(0), 1e-6, "running_mean")
     assert_near(variance, x.double().var(0), 1e-6, "running_var")
     assert int(tracked) == 1
+    # One value has no unbiased variance: it is only counted.
+    batch_norm.launch_batch_norm_merge(torch.stack([empty, parts[0]]), mean, variance, tracked, None, None)
+    assert_near(mean, x.double().mean(0), 1e-6, "running_mean")
+    assert_near(variance, x.double().var(0), 1e-6, "running_var")
+    assert int(tracked) == 2
 
 
 def test_counts_past_two_to_the_24():
