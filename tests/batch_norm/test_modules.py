@@ -139,8 +139,15 @@ def test_second_derivatives(training, activation):
 
     assert torch.autograd.gradcheck(function, (x, weight, bias, residual))
     assert torch.autograd.gradgradcheck(function, (x, weight, bias, residual))
+    alone = lambda x, residual: function(x, weight.detach(), bias.detach(), residual)  # noqa: E731
+    for some, inputs in ((function, (x, weight, bias, residual)), (alone, (x, residual))):
+        grad = torch.randn_like(x)
+        once, twice = (
+            torch.autograd.grad(some(*inputs), inputs, grad, create_graph=again) for again in (False, True)
+        )
+        torch.testing.assert_close(twice, once)
     if not training:
-        assert torch.autograd.gradgradcheck(lambda x: MF.batch_norm(x, mean, var), (x,))
+        assert torch.autograd.gradgradcheck(alone, (x, residual))
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

@@ -103,11 +103,19 @@ def test_more_values_than_float32_counts():
     x = torch.zeros(1, 1, (1 << 24) + 9)
     x[..., 0::2] = 1.0
     mean, var = torch.zeros(1), torch.zeros(1)
-    MF.batch_norm(x, mean, var, training=True, momentum=1.0)
+    weight, bias = torch.ones(1, requires_grad=True), torch.zeros(1, requires_grad=True)
+    y = MF.batch_norm(x.requires_grad_(), mean, var, weight, bias, training=True, momentum=1.0)
     n, ones = x.numel(), x.numel() // 2 + 1
     p = ones / n
     assert mean.item() == pytest.approx(p, rel=1e-7)
     assert var.item() == pytest.approx(p * (1 - p) * n / (n - 1), rel=1e-7)
+    y.backward(x.detach())
+    invstd = (p * (1 - p) + 1e-5) ** -0.5
+    assert bias.grad.item() == pytest.approx(ones, rel=1e-7)
+    assert weight.grad.item() == pytest.approx(ones * (1 - p) * invstd, rel=1e-6)
+    # What is left of the gradient is eps / (variance + eps) of it: the rest cancels.
+    of_one = invstd * (1 - p) * (1 - p * (1 - p) * invstd**2)
+    assert x.grad[0, 0, 0].item() == pytest.approx(of_one, rel=1e-2)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
