@@ -100,8 +100,10 @@ def _attribute(attributor: Attributor, seen: Observation, call: Call) -> None:
         # Equal seeds say nothing about a model that ignores them: take runs seeded call by call instead.
         seen.effect = reach.effect()
     reached = [item for item in found.located if item.change is not None]
-    if any(item.finding.forced is not None for item in reached):
-        seen.rare = True
+    seen.rare = any(
+        item.finding.forced is not None or (item.finding.varies and not seen.is_random(True))
+        for item in reached
+    )
     if seen.effect is None or not seen.effect.differs:
         return
     if reached:

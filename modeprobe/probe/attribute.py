@@ -13,10 +13,11 @@ from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from modeprobe.probe.call import Call, without_frames
+from modeprobe.probe.depth import mask_axis
 from modeprobe.probe.events import Trace
 from modeprobe.probe.instrument import flag_of
 from modeprobe.probe.leaves import Comparison, compare
-from modeprobe.probe.local import WORDS, Events, Finding, LocalJudge, added_events, per_sample
+from modeprobe.probe.local import WORDS, Events, Finding, LocalJudge, added_events
 from modeprobe.probe.randomness import seed_everything
 from modeprobe.probe.reach import Reach
 from modeprobe.probe.replay import ReplayBench, Setting
@@ -194,11 +195,24 @@ class Attributor:
             for finding in members:
                 if id(finding) in assumed:
                     self.found.located.append(Located(finding, reached[0] if reached else None))
+        self._check_masks(reach, budget)
         order = {path: index for index, path in enumerate(train.calls)}
         self.found.located.sort(key=lambda item: order.get(item.finding.path, -1))
         if eval_is_random:
             self._ungated(reach, budget)
         return reach
+
+    def _check_masks(self, reach: Reach, budget: int) -> None:
+        """Masks along another axis than the first drop samples only if each value acts on one sample."""
+        known: dict[tuple, bool] = {}
+        for finding in (item.finding for item in self.found.located if item.change is not None):
+            events = [event for group in finding.events.values() for event in group]
+            if finding.cause == "stochastic_depth" and any(mask_axis(event) for event in events):
+                alike = tuple((key.place, key.at) for key in finding.events)
+                if alike not in known and self.call.forwards < budget:
+                    known[alike] = reach.one_sample_each(finding)
+                if not known.get(alike, True):
+                    finding.cause = "random_noise"
 
     def locate_without_values(self) -> None:
         """Sites by what is called, where there are no values to compare."""
@@ -296,6 +310,6 @@ def _has_scripts(model: nn.Module) -> bool:
 def _word_without_reader(event: Any) -> str:
     if issubclass(event.module_type, _DropoutNd):
         return "module_dropout"
-    if event.kind == "draw" and event.scales and event.binary and per_sample(event.shape):
+    if mask_axis(event) is not None:
         return "stochastic_depth"
     return WORDS.get(event.kind, "random_noise")

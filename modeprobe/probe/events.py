@@ -83,14 +83,24 @@ class Read(NamedTuple):
 
 @dataclass
 class Trace:
-    """All records of one run. `calls` counts module calls by path, `flags` holds each module's mode."""
+    """All records of one run.
+
+    calls, rows: how often each module was called, by path, and on how many rows of its first tensor in all.
+    flags: each module's mode.
+    """
 
     events: list[Event] = field(default_factory=list)
     reads: Counter[Read] = field(default_factory=Counter)
     calls: Counter[str] = field(default_factory=Counter)
+    rows: Counter[str] = field(default_factory=Counter)
     flags: dict[str, bool] = field(default_factory=dict)
     types: dict[str, type] = field(default_factory=dict)
     error: Exception | None = None
+
+    @property
+    def layers(self) -> tuple[Counter[str], Counter[str]]:
+        """Which modules ran, and on how much."""
+        return self.calls, self.rows
 
     def active(self) -> dict[Key, list[Event]]:
         found: dict[Key, list[Event]] = {}

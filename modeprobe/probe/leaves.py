@@ -230,6 +230,16 @@ def _compare_tensor(path: str, a: Tensor, b: Tensor, tolerance: float | None) ->
     return LeafDifference(path, "roundoff" if largest <= bound * scale else "value", largest / scale)
 
 
+def indices_changed(a: Any, b: Any) -> list[int]:
+    """For each axis with more than one index, at how many of them two tensors differ; empty where nowhere."""
+    if not isinstance(a, Tensor) or not isinstance(b, Tensor) or a.shape != b.shape or a.ndim == 0:
+        return []
+    a, b = _plain(a), _plain(b)
+    places = ((a != b) & ((a == a) | (b == b))).nonzero()
+    axes = [axis for axis, n in enumerate(a.shape) if n > 1] if len(places) else []
+    return [len(places[:, axis].unique()) for axis in axes]
+
+
 def _plain(tensor: Tensor) -> Tensor:
     """A dense, ordinary tensor with the same values."""
     if tensor.is_nested:

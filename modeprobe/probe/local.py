@@ -9,6 +9,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
+from modeprobe.probe.depth import drops_branch, leaves_out_layers, mask_axis
 from modeprobe.probe.events import Event, Key, Place, Trace
 from modeprobe.probe.leaves import Comparison, compare
 from modeprobe.probe.replay import SALT, ReplayBench, Variant
@@ -16,6 +17,7 @@ from modeprobe.probe.replay import SALT, ReplayBench, Variant
 _SILENCEABLE = frozenset({"dropout", "attention", "statistics"})
 _UNSILENCED = frozenset({"random_noise", "stochastic_depth"})
 _MORE_SALTS = range(SALT + 1, SALT + 9)
+_ENOUGH = 4  # other draws, to see what a chance that changes the output does to the layers
 
 Events = dict[Key, list[Event]]
 
@@ -107,10 +109,9 @@ class LocalJudge:
         change = next((c for c in changes if c), None)
         if change is None:
             return []
-        calls = self.steady.trace.calls
-        skips = any(v.trace.calls[path] < n for v in variants for path, n in calls.items())
-        word = "stochastic_depth" if skips else "random_noise"
-        finding = self._finding(word, {}, change, f"draws from {', '.join(self.unseen)}")
+        finding = self._finding(
+            self._depth_or_noise(variants), {}, change, f"draws from {', '.join(self.unseen)}"
+        )
         finding.varies = any(differs(v, self.quiet, exact=True) for v in variants[1:])
         return [finding]
 
@@ -127,17 +128,15 @@ class LocalJudge:
         if not coins:
             return []
         keys = frozenset(coins)
-        changes: list[Comparison | None] = []
-        skips = False
-        for force in (0, 1):
-            on = self.bench.variant(True, silent=self.silent, force=force, forced=keys)
-            off = self.bench.variant(False, force=force, forced=keys)
-            changes.append(differs(on, off, exact=True))
-            skips = skips or any(on.trace.calls[path] < n for path, n in off.trace.calls.items())
+        on, off = (
+            [self.bench.variant(mode, silent=silent, force=force, forced=keys) for force in (0, 1)]
+            for mode, silent in ((True, self.silent), (False, frozenset()))
+        )
+        changes = [differs(a, b, exact=True) for a, b in zip(on, off, strict=True)]
         change = changes[0] or changes[1]
         if change is None or (changes[0] and changes[1]):
             return []  # the mode counts however the coin falls
-        finding = self._finding("stochastic_depth" if skips else "random_noise", coins, change)
+        finding = self._finding(self._depth_or_noise(on), coins, change)
         finding.forced, finding.varies = (0 if changes[0] else 1), True
         return [finding]
 
@@ -148,7 +147,7 @@ class LocalJudge:
                 continue
             if key.kind != "draw" or isinstance(self.bench.module, _DropoutNd):
                 word = self.word(key)
-            elif all(e.scales and e.binary and per_sample(e.shape) for e in events):
+            elif all(mask_axis(event) is not None for event in events):
                 word = "stochastic_depth"
             elif all(e.coin for e in events):
                 word = "coin"
@@ -164,12 +163,18 @@ class LocalJudge:
         forced = self._forced(word, events) if scalar or word == "coin" else None
         if forced:
             return forced
+        runs, change = [self.quiet], None
         for salt in _MORE_SALTS:
-            change = differs(self.bench.variant(True, silent=self.silent, salt=salt), self.quiet, exact=True)
-            if change:
-                finding = self._finding("random_noise" if word == "coin" else word, events, change)
-                finding.varies = True
-                return finding
+            runs.append(self._redrawn(events, salt))
+            change = change or differs(runs[-1], self.quiet, exact=True)
+            layers = [run.trace.layers for run in (self.steady, *runs)]
+            if change and (layers[1:] == layers[:-1] or len(runs) > _ENOUGH):
+                break
+        if change:
+            word = word if word == "stochastic_depth" else self._depth_or_noise(runs)
+            finding = self._finding(word, events, change)
+            finding.varies = True
+            return finding
         if word != "stochastic_depth":
             return None
         rare = None if scalar else self._forced(word, events)
@@ -181,15 +186,22 @@ class LocalJudge:
             forced = self.bench.variant(True, silent=self.silent, force=force, forced=frozenset(events))
             change = differs(forced, self.quiet, exact=True)
             if change:
-                runs = (forced.trace.calls, self.quiet.trace.calls)
-                calls = self.steady.trace.calls
-                skips = any(run[path] < n for run in runs for path, n in calls.items())
                 if word == "coin":
-                    word = "stochastic_depth" if skips else "random_noise"
+                    word = self._depth_or_noise([forced, self.quiet])
                 finding = self._finding(word, events, change)
                 finding.forced, finding.varies = force, True
                 return finding
         return None
+
+    def _redrawn(self, events: Events, salt: int) -> Variant:
+        return self.bench.variant(True, silent=self.silent, resalt=dict.fromkeys(events, salt))
+
+    def _depth_or_noise(self, runs: list[Variant]) -> str:
+        """What chance does that changes between these runs."""
+        depth = leaves_out_layers(runs, self.steady, self.path) or any(
+            drops_branch(run, self.steady, self.bench.arguments) for run in runs
+        )
+        return "stochastic_depth" if depth else "random_noise"
 
     def _remainder(self, residue: Comparison) -> list[Finding]:
         """A change that dropout, statistics and draws do not account for."""
@@ -275,11 +287,6 @@ WORDS = {
     "attention": "attention_dropout",
     "statistics": "batch_statistics",
 }
-
-
-def per_sample(shape: tuple[int, ...]) -> bool:
-    """One value per sample, (B,) or (B, 1, ..., 1), or one for the batch."""
-    return all(n == 1 for n in shape[1:])
 
 
 def added_events(flipped: Trace, steady: Trace) -> Events:

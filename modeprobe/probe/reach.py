@@ -13,7 +13,7 @@ from typing import Any
 from modeprobe.probe.call import Call, without_frames
 from modeprobe.probe.events import Key, Trace
 from modeprobe.probe.instrument import set_flag
-from modeprobe.probe.leaves import Comparison, compare, flatten
+from modeprobe.probe.leaves import Comparison, compare, flatten, indices_changed
 from modeprobe.probe.local import Finding
 from modeprobe.probe.randomness import seed_everything
 from modeprobe.probe.trace import Control, Tracer
@@ -111,6 +111,21 @@ class Reach:
         low, high = (self.run(True, {}, Control(_SALT, force=force, forced=keys)) for force in (0, 1))
         return compare(low.leaves, high.leaves)
 
+    def one_sample_each(self, finding: Finding) -> bool:
+        """Whether each value of the finding's masks acts on one sample: on one index of every output."""
+        keys = frozenset(finding.events)
+        owners = {path: self.flags[True][path] for path in finding.owners}
+        mode = not owners  # a flag kept elsewhere needs train()
+        runs = [
+            self.run(mode, owners, Control(_SALT, force=1, forced=keys, single=single))
+            for single in (False, True)
+        ]
+        pairs = [
+            (runs[0].leaves[path], leaf) for path, leaf in runs[1].leaves.items() if path in runs[0].leaves
+        ]
+        changed = [indices_changed(a, b) for a, b in pairs]
+        return any(changed) and all(1 in per_axis for per_axis in changed if per_axis)
+
     def of_events(self, mode: bool, events: Mapping[Key, list]) -> Comparison | None:
         """The change at the outputs when these call sites are silenced, or draw other values."""
         change = compare(self.run(mode, {}, _switch(events)).leaves, self.base(mode).leaves)
@@ -118,10 +133,13 @@ class Reach:
 
     def of_draws(self, mode: bool, keys: frozenset[Key]) -> Comparison | None:
         """The change at the outputs when these call sites draw other values."""
-        change = compare(self.run(mode, {}, Control(_SALT, resalt=keys)).leaves, self.base(mode).leaves)
+        change = compare(
+            self.run(mode, {}, Control(_SALT, resalt=dict.fromkeys(keys, _SALT + 1))).leaves,
+            self.base(mode).leaves,
+        )
         return None if change.same else change
 
 
 def _switch(events: Mapping[Key, list]) -> Control:
     drawn = frozenset(key for key in events if key.kind in ("draw", "reseed"))
-    return Control(_SALT, silent=frozenset(events) - drawn, resalt=drawn)
+    return Control(_SALT, silent=frozenset(events) - drawn, resalt=dict.fromkeys(drawn, _SALT + 1))

@@ -6,6 +6,7 @@ mode. Each event has its own seed (trace.Control), so that a draw in one mode ca
 
 from __future__ import annotations
 
+import types
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -72,7 +73,7 @@ class ReplayBench:
         owners: dict[nn.Module, bool],
         setting: Setting,
     ) -> None:
-        self.tracer, self.module, self.run = tracer, module, run
+        self.tracer, self.module, self.run, self.arguments = tracer, module, run, arguments
         self.owners, self.setting = owners, setting
         roots = [module, arguments, *owners]
         self.generators = private_generators(reachable(roots))
@@ -89,6 +90,7 @@ class ReplayBench:
         *,
         silent: frozenset[Key] = frozenset(),
         salt: int = SALT,
+        resalt: Mapping[Key, int] = types.MappingProxyType({}),
         force: int | None = None,
         forced: frozenset[Key] | None = None,
         functions: bool = True,
@@ -96,9 +98,12 @@ class ReplayBench:
     ) -> Variant:
         """flipped: owners keep the mode they have in training; otherwise they are in eval mode.
 
+        salt: seeds every event. resalt: seeds the events of these call sites instead.
         shifted: these buffers of the module start with other values.
         """
-        control = Control(salt if functions else None, silent, frozenset(), force, forced, self.setting.draws)
+        control = Control(
+            salt if functions else None, silent, resalt, force, forced, draws=self.setting.draws
+        )
         tracer = Tracer(
             self.tracer.model, control, functions, below=functions and self.setting.below, like=self.tracer
         )

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,6 +26,7 @@ from modeprobe.probe.events import (
     Place,
     Read,
     Trace,
+    argument,
     call_site,
     caller_place,
     classify,
@@ -41,16 +43,17 @@ class Control:
     salt: None leaves the random streams alone. An integer gives every event its own seed, made of salt, call
     site and count, so that adding or silencing one event changes no other.
     silent: call sites to silence: dropout passes its input on, statistics come from the running buffers.
-    resalt: call sites that draw other values than the salt gives them.
-    force: scalar draws are set to their lowest (0) or highest (1) value.
+    resalt: call sites that draw the values of another salt.
+    force: draws are set to their lowest (0) or highest (1) value. single: their first value to the other one.
     draws: names of further functions known to draw, filled while tracing.
     """
 
     salt: int | None = None
     silent: frozenset[Key] = frozenset()
-    resalt: frozenset[Key] = frozenset()
+    resalt: Mapping[Key, int] = field(default_factory=dict)
     force: int | None = None
     forced: frozenset[Key] | None = None
+    single: bool = False
     draws: set[str] = field(default_factory=set)
 
 
@@ -59,9 +62,10 @@ _MASKING = frozenset(
     less greater less_equal greater_equal bool""".split()  # noqa: SIM905
 )
 _SCALING = frozenset(
-    "mul mul_ multiply multiply_ __mul__ __rmul__ __imul__ masked_fill masked_fill_".split()  # noqa: SIM905
+    "mul mul_ multiply multiply_ __mul__ __rmul__ __imul__".split()  # noqa: SIM905
 )
 _PICKING = frozenset({"__getitem__", "select", "unbind"})
+_PASSING = _PICKING | {"expand", "expand_as", "broadcast_to"}
 _STEERING = frozenset("__bool__ item tolist __float__ __int__ __index__".split())  # noqa: SIM905
 
 
@@ -92,6 +96,7 @@ class Tracer:
         self.gap = False
         self._position: tuple | None = None
         self.tracked: dict[int, Event] = {}
+        self.noise: set[int] = set()  # tracked tensors made of nothing but draws
         self._alive: list[Any] = []
         if like is None:
             self.paths = {id(module): name for name, module in model.named_modules()}
@@ -141,6 +146,7 @@ class Tracer:
         path = self.path(module)
         self.stack.append(module)
         self.trace.calls[path] += 1
+        self.trace.rows[path] += next(iter(_shape((*args, *kwargs.values()))), 1)
         self.trace.types[path] = type(module)
         try:
             return run(module, *args, **kwargs)
@@ -235,6 +241,8 @@ class Tracer:
         ):
             with torch.no_grad():
                 result.data.fill_(_extreme(result, name, self.control.force))
+                if self.control.single:
+                    result.data[(0,) * result.ndim] = _extreme(result, name, not self.control.force)
         return result
 
     def _record_draw(self, key: Key, result: Any, shape: tuple[int, ...]) -> Event:
@@ -242,6 +250,7 @@ class Tracer:
         self.trace.events.append(event)
         if isinstance(result, Tensor):
             self._track(result, event)
+            self.noise.add(id(result))
         return event
 
     def _follow(self, name: str, args: tuple, kwargs: dict, result: Any) -> None:
@@ -255,12 +264,13 @@ class Tracer:
                 event.steers = True
             if name in _MASKING:
                 event.binary = True
-            selects = name == "where" and tensor is args[0] and event.binary
-            spread = event.scalar or any(other.numel() > tensor.numel() for other in tensors)
-            if spread and (name in _SCALING or (selects and any(map(_is_zero, args[1:])))):
-                event.scales = True
-            if isinstance(result, Tensor) and (result.numel() == tensor.numel() or name in _PICKING):
+            others = [other for other in tensors if other is not tensor]
+            if _zeroes(name, tensor, args, kwargs) and _is_spread(event, others, result):
+                event.scales = event.scales or not all(id(other) in self.noise for other in others)
+            if isinstance(result, Tensor) and (result.numel() == tensor.numel() or name in _PASSING):
                 self._track(result, event)
+                if all(id(other) in self.noise for other in tensors):
+                    self.noise.add(id(result))
             elif isinstance(result, tuple) and name in _PICKING:
                 for part in result:
                     self._track(part, event)
@@ -290,7 +300,8 @@ class Tracer:
                 yield
                 return
             self.counts[key] += 1
-            label = (self.control.salt, key in self.control.resalt, key, self.counts[key], self.reseeds)
+            salt = self.control.resalt.get(key, self.control.salt)
+            label = (salt, key, self.counts[key], self.reseeds)
             state = RandomState()
             seed_everything(
                 int.from_bytes(hashlib.blake2b(repr(label).encode(), digest_size=7).digest(), "big")
@@ -362,11 +373,30 @@ def _shape(values: tuple) -> tuple[int, ...]:
 _LOW = 2**-20
 
 
+def _zeroes(name: str, mask: Tensor, args: tuple, kwargs: dict) -> bool:
+    """Whether this call puts zeros where a mask says so."""
+    if name in _SCALING:
+        return True
+    if name in ("masked_fill", "masked_fill_"):
+        return _is_zero(argument(args, kwargs, 2, ("value",), None))
+    if name in ("where", "__setitem__"):
+        at = 0 if name == "where" else 1
+        return len(args) == 3 and args[at] is mask and any(map(_is_zero, args[at + 1 :]))
+    return False
+
+
+def _is_spread(event: Event, others: list[Tensor], result: Any) -> bool:
+    """Whether one drawn value acts on many others, which are not the rows of a parameter."""
+    if any(isinstance(other, nn.Parameter) and _shape((result,)) == other.shape for other in others):
+        return False
+    return event.scalar or any(other.numel() > math.prod(event.shape) for other in others)
+
+
 def _is_zero(value: Any) -> bool:
     return not value.any() if isinstance(value, Tensor) else value == 0
 
 
-def _extreme(result: Tensor, name: str, force: int | None) -> float:
+def _extreme(result: Tensor, name: str, force: int | bool | None) -> float:
     if name in ("randn", "normal", "normal_", "randn_like"):
         return 3.0 if force else -3.0
     if result.is_floating_point() and not name.startswith("bernoulli"):
