@@ -76,7 +76,8 @@ def probe(
         mutated = frozenset(name for run in seen.runs for name in run.mutated)
         attributor = Attributor(bench, call, seen.seed, mutated, show)
         attributor.trace()
-        _attribute(attributor, seen, call)
+        if all(run.phase not in ("train()", "eval()") for run in seen.runs):
+            _attribute(attributor, seen, call)
         generation = compare_generation(bench, call, generate, show)
         report = judge(bench, seen, attributor.found, generation)
     report.forwards = call.forwards
@@ -99,6 +100,11 @@ def _attribute(attributor: Attributor, seen: Observation, call: Call) -> None:
     if seen.effect is not None and not seen.is_reproducible(False):
         # Equal seeds say nothing about a model that ignores them: take runs seeded call by call instead.
         seen.effect = reach.effect()
+        if not reach.is_reproducible() and not seen.effect.structural:
+            # Nor do these, say, of a model that looks at a clock: only calls made in one mode count.
+            found.located = [item for item in found.located if item.finding.events]
+            if all(item.change is None for item in found.located):
+                seen.effect = Comparison((), seen.effect.leaves)
     reached = [item for item in found.located if item.change is not None]
     seen.rare = any(
         item.finding.forced is not None or (item.finding.varies and not seen.is_random(True))

@@ -82,11 +82,11 @@ class Attributor:
     def _traced(self, mode: bool) -> Trace:
         with self.bench.fresh() as lent, warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            lent.model.train(mode)
             tracer = Tracer(lent.model, Control(draws=self.draws), below=self.below)
-            tracer.trace.flags = flags_of(lent.model)
-            seed_everything(self.seed)
             try:
+                lent.model.train(mode)
+                tracer.trace.flags = flags_of(lent.model)
+                seed_everything(self.seed)
                 with tracer.active():
                     self.call(lent.model)
             except Exception as error:
@@ -291,12 +291,10 @@ class _ReplayTracer(Tracer):
 
     def on_call(self, module: nn.Module, args: tuple, kwargs: dict, run: Callable[..., Any]) -> Any:
         path = self.path(module)
+        if path in self.todo:
+            self.visit(self, path, module, lambda: module(*args, **kwargs), (args, kwargs))
         self.stack.append(module)
         try:
-            if path in self.todo:
-                self.stack.pop()
-                self.visit(self, path, module, lambda: module(*args, **kwargs), (args, kwargs))
-                self.stack.append(module)
             return run(module, *args, **kwargs)
         finally:
             self.stack.pop()

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modeprobe.probe.leaves import children, clone_inputs, map_tensors
+from modeprobe.probe.leaves import children, clone_inputs, drained, map_tensors
 
 
 @dataclass
@@ -47,7 +47,7 @@ class Call:
     def _run(self, model: nn.Module, args: tuple, kwargs: dict) -> Any:
         self.count()
         with torch.set_grad_enabled(self.grad_enabled or self.gradients):
-            output = self.step(model) if self.step else model(*args, **kwargs)
+            output = drained(self.step(model) if self.step else model(*args, **kwargs))
             return (output, _gradients(model, output)) if self.gradients else output
 
 

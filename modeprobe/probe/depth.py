@@ -9,20 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modeprobe.probe.events import Event, Trace
+from modeprobe.probe.events import Event
 from modeprobe.probe.leaves import compare, flatten
 from modeprobe.probe.replay import Variant
 
 
 def mask_axis(event: Event) -> int | None:
-    """The axis along which a drawn mask of zeros and ones drops whole slices of a larger tensor.
-
-    None for any other draw, for masks with several axes, and for those of the last axis (channels).
-    """
-    if not (event.kind == "draw" and event.scales and event.binary):
-        return None
-    axes = [axis for axis, n in enumerate(event.shape) if n > 1] or [0]
-    return axes[0] if len(axes) == 1 and (axes[0] == 0 or axes[0] < len(event.shape) - 1) else None
+    """The axis along which a drawn mask of zeros and ones drops whole slices of a larger tensor."""
+    return event.axis if event.kind == "draw" and event.scales and event.binary else None
 
 
 def leaves_out_layers(runs: Sequence[Variant], steady: Variant, path: str) -> bool:
@@ -31,33 +25,30 @@ def leaves_out_layers(runs: Sequence[Variant], steady: Variant, path: str) -> bo
     No layer may run more often, or on more rows, than in `steady`: noise at a router moves rows from one
     expert to another. Runs of the same layers must agree: a draw that leaves out layers does nothing else.
     """
-    if any(_runs_more(run.trace, steady.trace) for run in runs):
-        return False
-    if any(_takes_fewer_samples(run, steady, path) for run in runs):
-        return True
-    return any(run.trace.layers != steady.trace.layers for run in runs) and all(
+    everything = steady.trace
+    for run in runs:
+        more = run.trace.calls - everything.calls or run.trace.rows - everything.rows
+        fewer = [
+            layer
+            for layer, calls in run.trace.calls.items()
+            if calls == everything.calls[layer] and run.trace.rows[layer] < everything.rows[layer]
+        ]
+        if more or (fewer and not _by_sample(fewer, run, steady, path)):
+            return False
+        if fewer:
+            return True
+    return any(run.trace.calls != everything.calls for run in runs) and all(
         not compare(a.leaves, b.leaves).differs
         for a, b in combinations(runs, 2)
-        if a.trace.layers == b.trace.layers
+        if a.trace.calls == b.trace.calls
     )
 
 
-def _runs_more(run: Trace, steady: Trace) -> bool:
-    return any(
-        run.calls[path] > steady.calls[path] or run.rows[path] > steady.rows[path] for path in run.calls
-    )
-
-
-def _takes_fewer_samples(run: Variant, steady: Variant, path: str) -> bool:
-    """Whether a layer gets fewer rows than module `path`, though all of them in eval mode."""
-    few, all_ = run.trace, steady.trace
-    if not all_.calls[path] or compare(run.leaves, steady.leaves).structural:
-        return False
-    samples = all_.rows[path] / all_.calls[path]
-    return any(
-        few.calls[layer] == n and few.rows[layer] < all_.rows[layer] == n * samples
-        for layer, n in all_.calls.items()
-    )
+def _by_sample(fewer: list[str], run: Variant, steady: Variant, path: str) -> bool:
+    """Whether a layer that gets fewer rows gets all samples of module `path` in eval mode, and no more."""
+    calls, rows = steady.trace.calls, steady.trace.rows
+    whole = any(rows[layer] * calls[path] == rows[path] * calls[layer] for layer in fewer)
+    return whole and not compare(run.leaves, steady.leaves).structural
 
 
 def drops_branch(run: Variant, steady: Variant, arguments: Any) -> bool:

@@ -13,7 +13,15 @@ import torch
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 _HERE = os.path.dirname(__file__) + os.sep
 # Lines of torch that only pass a call on.
-_PLUMBING = ("overrides.py", "functional.py", "_python_dispatch.py", "eval_frame.py", "_ops.py", "module.py")
+_PLUMBING = (
+    "overrides.py",
+    "functional.py",
+    "_python_dispatch.py",
+    "eval_frame.py",
+    "_ops.py",
+    "_compile.py",
+    "module.py",
+)
 
 
 class Place(NamedTuple):
@@ -43,9 +51,10 @@ class Event:
     kind: "dropout", "attention" (dropout inside scaled-dot-product attention), "statistics", "draw" (any
     other random draw), "reseed" (a global random state is set).
     active: whether it does something (p > 0 and training; batch statistics in use; a value drawn).
-    hidden: seen below Python only (scripted or compiled code). silenced: it was told to do nothing.
+    silenced: it was told to do nothing.
     binary, scales, steers: for a draw, whether its values are turned into a mask of zeros and ones, whether
-    they multiply a larger tensor, and whether they decide a Python branch.
+    they multiply a larger tensor, and whether they decide a Python branch. axis: of that tensor, the only one
+    along which the values vary, unless it is the last (0 for a single value).
     """
 
     key: Key
@@ -53,10 +62,10 @@ class Event:
     active: bool
     p: float | None
     shape: tuple[int, ...] = ()
-    hidden: bool = False
     silenced: bool = False
     binary: bool = False
     scales: bool = False
+    axis: int | None = None
     steers: bool = False
 
     @property

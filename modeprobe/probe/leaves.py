@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import types
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-_MAX_DEPTH = 24
+from modeprobe.probe.state import slots
+
+_MAX_DEPTH = 100
+_MAX_ITEMS = 10_000
 _ATOMS = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
 _OPAQUE = (type, types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.ModuleType, nn.Module)
 
@@ -25,7 +30,7 @@ def children(value: Any) -> list[tuple[str, Any]] | None:
         return [(f"[{key!r}]", item) for key, item in value.items()]
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         return [(f".{name}", item) for name, item in zip(value._fields, value, strict=True)]
-    if isinstance(value, (list, tuple)):
+    if isinstance(value, (list, tuple, deque)):
         return [(f"[{index}]", item) for index, item in enumerate(value)]
     if isinstance(value, (set, frozenset)):
         return [(f"{{{index}}}", item) for index, item in enumerate(sorted(value, key=repr))]
@@ -33,10 +38,16 @@ def children(value: Any) -> list[tuple[str, Any]] | None:
         return None
     if dataclasses.is_dataclass(value):
         return [(f".{field.name}", getattr(value, field.name, None)) for field in dataclasses.fields(value)]
-    attributes = getattr(value, "__dict__", None)
-    if attributes:
-        return [(f".{name}", item) for name, item in attributes.items()]
-    return None
+    attributes = {
+        **getattr(value, "__dict__", {}),
+        **{member.__name__: held for member, held in slots(value)},
+    }
+    return [(f".{name}", item) for name, item in attributes.items()] or None
+
+
+def drained(output: Any) -> Any:
+    """A generator's or iterator's items as a list: what it does is done while it is read."""
+    return list(itertools.islice(output, _MAX_ITEMS)) if isinstance(output, Iterator) else output
 
 
 def flatten(value: Any) -> dict[str, Any]:
@@ -163,7 +174,7 @@ def compare(
 
 def describe(leaf: Any) -> str:
     if isinstance(leaf, Tensor):
-        return f"{str(leaf.dtype).removeprefix('torch.')}{list(leaf.shape)}"
+        return f"{str(leaf.dtype).removeprefix('torch.')}{_shape(leaf)}"
     text = repr(leaf)
     return text if len(text) <= 40 else type(leaf).__name__
 
@@ -173,7 +184,7 @@ def roundoff_bound(dtype: torch.dtype) -> float:
     if not (dtype.is_floating_point or dtype.is_complex):
         return 0.0
     return {torch.float64: 1e-11, torch.complex128: 1e-11, torch.float32: 1e-5, torch.complex64: 1e-5}.get(
-        dtype, 16 * torch.finfo(dtype).eps
+        dtype, 4 * torch.finfo(dtype).eps
     )
 
 
@@ -195,21 +206,22 @@ def _compare_leaf(path: str, a: Any, b: Any, tolerance: float | None) -> LeafDif
         )
     if isinstance(a, _ATOMS):
         return None if a == b else LeafDifference(path, "value", 1.0, f"{describe(a)} against {describe(b)}")
-    # Functions, modules and foreign objects without state carry no value to compare.
-    return None
+    # Functions, modules and objects without a value of their own carry nothing to compare.
+    if isinstance(a, _OPAQUE) or type(a).__eq__ is object.__eq__ or a == b:
+        return None
+    return LeafDifference(path, "value", 1.0, f"{describe(a)} against {describe(b)}")
 
 
 def _compare_tensor(path: str, a: Tensor, b: Tensor, tolerance: float | None) -> LeafDifference | None:
-    if a.shape != b.shape:
-        return LeafDifference(path, "shape", detail=f"{list(a.shape)} against {list(b.shape)}")
+    shapes = _shape(a), _shape(b)
+    if shapes[0] != shapes[1]:
+        return LeafDifference(path, "shape", detail="{} against {}".format(*shapes))
     if a.dtype != b.dtype:
         return LeafDifference(path, "dtype", detail=f"{a.dtype} against {b.dtype}")
     if a.is_meta or b.is_meta:
         return None
     dtype = a.dtype
     a, b = _plain(a), _plain(b)
-    if a.shape != b.shape:
-        return LeafDifference(path, "shape", detail="stored values differ in number")
     if torch.equal(a, b):
         return None
     if not (a.is_floating_point() or a.is_complex()):
@@ -232,12 +244,16 @@ def _compare_tensor(path: str, a: Tensor, b: Tensor, tolerance: float | None) ->
 
 def indices_changed(a: Any, b: Any) -> list[int]:
     """For each axis with more than one index, at how many of them two tensors differ; empty where nowhere."""
-    if not isinstance(a, Tensor) or not isinstance(b, Tensor) or a.shape != b.shape or a.ndim == 0:
+    if not isinstance(a, Tensor) or not isinstance(b, Tensor) or _shape(a) != _shape(b):
         return []
     a, b = _plain(a), _plain(b)
     places = ((a != b) & ((a == a) | (b == b))).nonzero()
     axes = [axis for axis, n in enumerate(a.shape) if n > 1] if len(places) else []
     return [len(places[:, axis].unique()) for axis in axes]
+
+
+def _shape(tensor: Tensor) -> list:
+    return [list(part.shape) for part in tensor.unbind()] if tensor.is_nested else list(tensor.shape)
 
 
 def _plain(tensor: Tensor) -> Tensor:

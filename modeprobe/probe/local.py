@@ -50,12 +50,9 @@ class LocalJudge:
     def __init__(self, bench: ReplayBench, path: str, owners: frozenset[str]) -> None:
         self.bench, self.path, self.owners = bench, path, owners
         self.flipped, self.steady = bench.variant(True), bench.variant(False)
+        self.redrawn: list[Variant] = []
         self.added = added_events(self.flipped.trace, self.steady.trace)
-        self.silent = frozenset(
-            key
-            for key, events in self.added.items()
-            if key.kind in _SILENCEABLE and not any(event.hidden for event in events)
-        )
+        self.silent = frozenset(key for key in self.added if key.kind in _SILENCEABLE)
 
     def findings(self) -> list[Finding]:
         change = differs(self.flipped, self.steady, exact=True)
@@ -104,7 +101,9 @@ class LocalJudge:
         return found
 
     def _unseen_draws(self) -> list[Finding]:
-        variants = [self.quiet, *(self.bench.variant(True, silent=self.silent, salt=s) for s in _MORE_SALTS)]
+        more = [self.bench.variant(True, silent=self.silent, salt=salt) for salt in _MORE_SALTS]
+        self.redrawn += more
+        variants = [self.quiet, *more]
         changes = [differs(v, self.steady, exact=True) for v in variants]
         change = next((c for c in changes if c), None)
         if change is None:
@@ -167,6 +166,7 @@ class LocalJudge:
         for salt in _MORE_SALTS:
             runs.append(self._redrawn(events, salt))
             change = change or differs(runs[-1], self.quiet, exact=True)
+            self.redrawn.append(runs[-1])
             layers = [run.trace.layers for run in (self.steady, *runs)]
             if change and (layers[1:] == layers[:-1] or len(runs) > _ENOUGH):
                 break
@@ -228,9 +228,9 @@ class LocalJudge:
         return [self._finding("branch", {}, residue)]
 
     def _normalises_by_hand(self) -> bool:
-        """Two or more buffers (a mean, a variance) that training writes and ignores, and eval uses."""
+        """Buffers (a mean, a variance) that training writes and ignores, and eval uses."""
         stored = frozenset(self.quiet.written) - frozenset(self.steady.written)
-        if len(stored) < 2:
+        if not stored:
             return False
         training = self.bench.variant(True, silent=self.silent, shifted=stored)
         evaluation = self.bench.variant(False, shifted=stored)
@@ -238,10 +238,12 @@ class LocalJudge:
         return uses is not None and not differs(training, self.quiet, exact=False)
 
     def _structure_alone(self) -> bool:
-        """Whether the output's structure differs, however the draws fall."""
+        """Whether the output has other parts, however the draws fall."""
         keys = frozenset(key for key, events in self.added.items() if all(event.coin for event in events))
         others = [self.bench.variant(True, silent=self.silent, force=force, forced=keys) for force in (0, 1)]
-        return all(compare(v.leaves, self.steady.leaves).structural for v in (self.quiet, *others))
+        runs = (self.quiet, *self.redrawn, *others)
+        compared = [compare(run.leaves, self.steady.leaves).differences for run in runs]
+        return all(any(d.kind in ("type", "extra", "missing") for d in found) for found in compared)
 
     def _unintercepted(self) -> list[Finding]:
         """Code that interception of functions hides, such as fused fast paths."""

@@ -141,7 +141,8 @@ def observe(bench: Workbench, call: Call, tick: Callable[[str], None] = lambda t
     compared = [_compare(a, b) for a, b in pairs if a and b and a.leaves is not None and b.leaves is not None]
     if compared:
         seen.effect = _largest(compared)
-        if not seen.effect.same and not seen.effect.structural and seen.effect.amount < _SUSPECT:
+        doubtful = not seen.effect.differs or seen.effect.amount < _SUSPECT
+        if doubtful and not seen.effect.same and not seen.effect.structural:
             seen.effect = _in_float64(bench, call) or seen.effect
     return seen
 

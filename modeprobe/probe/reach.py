@@ -20,6 +20,7 @@ from modeprobe.probe.trace import Control, Tracer
 from modeprobe.probe.workbench import Workbench
 
 _SALT = 11
+_MORE = 4
 
 
 @dataclass
@@ -46,8 +47,14 @@ class Reach:
         self._base: dict[tuple[bool, bool], Outcome] = {}
 
     def run(
-        self, mode: bool, changed: Mapping[str, bool], control: Control | None = None, plain: bool = False
+        self,
+        mode: bool,
+        changed: Mapping[str, bool],
+        control: Control | None = None,
+        plain: bool = False,
+        seed: int = _SALT,
     ) -> Outcome:
+        """seed: for draws that cannot be seen; the others have seeds of their own."""
         control = control or Control(_SALT)
         control.draws = self.draws
         with self.bench.fresh() as lent, warnings.catch_warnings():
@@ -56,7 +63,7 @@ class Reach:
             modules = dict(lent.model.named_modules())
             for path, flag in changed.items():
                 set_flag(modules[path], flag)
-            seed_everything(_SALT)
+            seed_everything(seed)
             tracer = Tracer(lent.model, Control() if plain else control, not plain, self.below and not plain)
             try:
                 if plain:
@@ -77,6 +84,10 @@ class Reach:
     def effect(self) -> Comparison:
         """Train against eval with every event seeded by its call site."""
         return compare(self.base(True).leaves, self.base(False).leaves)
+
+    def is_reproducible(self) -> bool:
+        """Whether eval mode gives the same outputs twice when every event has its own seed."""
+        return not compare(self.run(False, {}).leaves, self.base(False).leaves).differs
 
     def kept_elsewhere(self) -> bool:
         """Whether train() still differs from eval() when every flag is as in eval mode."""
@@ -104,15 +115,23 @@ class Reach:
         flipped = {path: self.flags[True][path] for path in finding.owners}
         change = compare(self.run(False, flipped).leaves, self.base(False).leaves)
         if change.same and finding.varies:  # the draws of these runs may have dropped nothing
-            change = self._of_forced(keys)
+            change = self._of_forced(keys) if keys else self._of_unseen()
         return None if change.same else change
+
+    def _of_unseen(self) -> Comparison:
+        runs = (self.run(True, {}, seed=_SALT + 1 + index) for index in range(_MORE))
+        changes = (compare(run.leaves, self.base(True).leaves) for run in runs)
+        return next((change for change in changes if not change.same), Comparison((), 0))
 
     def _of_forced(self, keys: frozenset[Key]) -> Comparison:
         low, high = (self.run(True, {}, Control(_SALT, force=force, forced=keys)) for force in (0, 1))
         return compare(low.leaves, high.leaves)
 
     def one_sample_each(self, finding: Finding) -> bool:
-        """Whether each value of the finding's masks acts on one sample: on one index of every output."""
+        """Whether each value of the masks acts on one sample: on one index of some axis of every output.
+
+        A scalar output tells nothing; then the shape of the mask decides.
+        """
         keys = frozenset(finding.events)
         owners = {path: self.flags[True][path] for path in finding.owners}
         mode = not owners  # a flag kept elsewhere needs train()
@@ -124,7 +143,7 @@ class Reach:
             (runs[0].leaves[path], leaf) for path, leaf in runs[1].leaves.items() if path in runs[0].leaves
         ]
         changed = [indices_changed(a, b) for a, b in pairs]
-        return any(changed) and all(1 in per_axis for per_axis in changed if per_axis)
+        return all(1 in per_axis for per_axis in changed if per_axis)
 
     def of_events(self, mode: bool, events: Mapping[Key, list]) -> Comparison | None:
         """The change at the outputs when these call sites are silenced, or draw other values."""

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from modeprobe.probe.call import without_frames
 from modeprobe.probe.events import Key, Trace
 from modeprobe.probe.instrument import flag_of, set_flag
-from modeprobe.probe.leaves import flatten
+from modeprobe.probe.leaves import drained, flatten
 from modeprobe.probe.randomness import (
     RandomState,
     generator_state,
@@ -123,7 +123,7 @@ class ReplayBench:
                 self.module._buffers[name].data.add_(1)  # type: ignore[union-attr]
             try:
                 with tracer.active():
-                    leaves = flatten(self.run())
+                    leaves = flatten(drained(self.run()))
             except Exception as error:
                 leaves = {"": f"raised {type(error).__name__}: {error}"}
                 tracer.trace.error = without_frames(error)
@@ -156,7 +156,7 @@ class ReplayBench:
                 for module in self.module.modules() if not flags else ():
                     set_flag(module, False)
                 with Tracer(self.tracer.model, functions=False, like=self.tracer).active():
-                    return flatten(self.run())
+                    return flatten(drained(self.run()))
             except Exception as error:
                 return {"": f"raised {type(error).__name__}: {error}"}
             finally:

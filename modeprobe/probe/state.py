@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import random
 import types
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -42,6 +43,20 @@ def parts(value: Any) -> Iterator[Any]:
     attributes = getattr(value, "__dict__", None)
     if isinstance(attributes, dict) and not isinstance(value, (Tensor, types.FunctionType)):
         yield attributes
+    yield from (held for _, held in slots(value))
+
+
+def slots(value: Any) -> Iterator[tuple[types.MemberDescriptorType, Any]]:
+    """Descriptors and values of the `__slots__` that are set."""
+    if isinstance(value, Tensor):
+        return
+    for kind in type(value).__mro__:
+        if "__slots__" not in vars(kind):
+            continue
+        for member in vars(kind).values():
+            if isinstance(member, types.MemberDescriptorType):
+                with contextlib.suppress(AttributeError):
+                    yield member, member.__get__(value)
 
 
 def reachable(roots: Iterable[Any]) -> list[Any]:
@@ -146,7 +161,7 @@ class Snapshot:
     def _save(self, item: Any) -> None:
         if isinstance(item, dict):
             self._undo.append(functools.partial(_restore_dict, item, dict(item)))
-        elif isinstance(item, list):
+        elif isinstance(item, (list, bytearray)):
             self._undo.append(functools.partial(_restore_list, item, list(item)))
         elif isinstance(item, (set, deque)):
             self._undo.append(functools.partial(_restore_other, item, list(item)))
@@ -159,6 +174,8 @@ class Snapshot:
                 self._undo.append(functools.partial(_restore_cell, cell, _cell(cell)))
         elif type(item).__module__.startswith("numpy"):
             self._save_numpy(item)
+        for member, held in slots(item):
+            self._undo.append(functools.partial(member.__set__, item, held))
         if isinstance(item, torch.jit.ScriptModule):
             self._undo.append(functools.partial(setattr, item, "training", item.training))
 
@@ -196,11 +213,12 @@ def _restore_dict(target: dict, saved: dict) -> None:
         a is c and target[a] is saved[c] for a, c in zip(target, saved, strict=True)
     ):
         return
-    dict.clear(target)
-    dict.update(target, saved)
+    kind = OrderedDict if isinstance(target, OrderedDict) else dict  # past overridden methods
+    kind.clear(target)
+    kind.update(target, saved)
 
 
-def _restore_list(target: list, saved: list) -> None:
+def _restore_list(target: list | bytearray, saved: list) -> None:
     target[:] = saved
 
 

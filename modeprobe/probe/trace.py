@@ -265,8 +265,9 @@ class Tracer:
             if name in _MASKING:
                 event.binary = True
             others = [other for other in tensors if other is not tensor]
-            if _zeroes(name, tensor, args, kwargs) and _is_spread(event, others, result):
-                event.scales = event.scales or not all(id(other) in self.noise for other in others)
+            zeroes = not event.scales and _zeroes(name, tensor, args, kwargs)
+            if zeroes and self._spreads(event, others, result):
+                event.scales, event.axis = True, _axis(tensor, result)
             if isinstance(result, Tensor) and (result.numel() == tensor.numel() or name in _PASSING):
                 self._track(result, event)
                 if all(id(other) in self.noise for other in tensors):
@@ -275,7 +276,17 @@ class Tracer:
                 for part in result:
                     self._track(part, event)
 
+    def _spreads(self, event: Event, others: list[Tensor], result: Any) -> bool:
+        """Whether one drawn value acts on many others: not on the rows of a parameter, nor on more noise."""
+        if any(isinstance(other, nn.Parameter) and _shape((result,)) == other.shape for other in others):
+            return False
+        if others and all(id(other) in self.noise for other in others):
+            return False
+        return event.scalar or any(other.numel() > math.prod(event.shape) for other in others)
+
     def _track(self, tensor: Tensor, event: Event) -> None:
+        if tensor.layout is not torch.strided or tensor.is_nested:
+            return
         self.tracked[id(tensor)] = event
         self._alive.append(tensor)
 
@@ -335,38 +346,56 @@ class _Operators(TorchDispatchMode):
         self.previous = ""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        tracer = self.tracer
-        name = func.__name__.split(".")[0]
-        hidden = not tracer.in_event
+        tracer, name = self.tracer, func.__name__.split(".")[0]
+        unannounced = not tracer.in_event
+        known = self._classify(name, args) if unannounced else None
+        if known:
+            kind, p = known
+            event = self._record(kind, "batch_norm" if kind == "statistics" else kind, p, args)
+            if event.key in tracer.control.silent:
+                func, args, event.silenced = _silenced_operator(func, name, args)
         tracer.in_event += 1  # the operator itself passes through the function mode
         try:
             result = func(*args, **(kwargs or {}))
         finally:
             tracer.in_event -= 1
-        if hidden:
-            if name in ("native_dropout", "_fused_dropout"):
-                self._hidden("dropout", "dropout", float(args[1]), args)
-            elif torch.Tag.nondeterministic_seeded in func.tags:
-                # at::dropout below Python: empty_like, bernoulli_(1 - p), div_(1 - p), multiply.
-                keep = args[1] if len(args) > 1 else 0.5
-                if name == "bernoulli_" and self.previous.startswith("empty") and isinstance(keep, float):
-                    self._hidden("dropout", "dropout", 1 - keep, args)
-                else:
-                    self._hidden("draw", name, None, (result,))
-            elif "batch_norm" in name and "backward" not in name and len(args) > 5 and args[5] is True:
-                self._hidden("statistics", "batch_norm", None, args)
+        if unannounced and not known and torch.Tag.nondeterministic_seeded in func.tags:
+            self._record("draw", name, None, (result,))
         self.previous = name
         return result
 
-    def _hidden(self, kind: str, name: str, p: float | None, values: tuple) -> Event:
+    def _classify(self, name: str, args: tuple) -> tuple[str, float | None] | None:
+        if name in ("native_dropout", "_fused_dropout"):
+            return "dropout", float(args[1])
+        # at::dropout below Python: empty_like, bernoulli_(1 - p), div_(1 - p), multiply.
+        if name == "bernoulli_" and self.previous.startswith("empty"):
+            keep = args[1] if len(args) > 1 else 0.5
+            return ("dropout", 1 - keep) if isinstance(keep, float) else None
+        if "batch_norm" in name and "backward" not in name and len(args) > 5 and args[5] is True:
+            return "statistics", None
+        return None
+
+    def _record(self, kind: str, name: str, p: float | None, values: tuple) -> Event:
         tracer = self.tracer
-        event = Event(tracer._key(kind, name), tracer._type(), True, p, _shape(values), hidden=True)
+        event = Event(tracer._key(kind, name), tracer._type(), True, p, _shape(values))
         tracer.trace.events.append(event)
         return event
 
 
+def _silenced_operator(func: Any, name: str, args: tuple) -> tuple[Any, tuple, bool]:
+    """The same operator as in eval mode, its arguments, and whether there is such."""
+    if name == "bernoulli_":
+        return torch.ops.aten.fill_.Scalar, (args[0], args[1]), True
+    if name == "native_dropout":
+        return func, (*args[:2], False), True
+    if args[3] is None or name == "_fused_dropout":
+        return func, args, False
+    return func, (*args[:5], False, *args[6:]), True
+
+
 def _shape(values: tuple) -> tuple[int, ...]:
-    return next((tuple(value.shape) for value in values if isinstance(value, Tensor)), ())
+    dense = (value for value in values if isinstance(value, Tensor) and not value.is_nested)
+    return next((tuple(value.shape) for value in dense), ())
 
 
 # As good as zero, but above it: a layer that runs where `draw > 0` is never skipped.
@@ -385,11 +414,13 @@ def _zeroes(name: str, mask: Tensor, args: tuple, kwargs: dict) -> bool:
     return False
 
 
-def _is_spread(event: Event, others: list[Tensor], result: Any) -> bool:
-    """Whether one drawn value acts on many others, which are not the rows of a parameter."""
-    if any(isinstance(other, nn.Parameter) and _shape((result,)) == other.shape for other in others):
-        return False
-    return event.scalar or any(other.numel() > math.prod(event.shape) for other in others)
+def _axis(mask: Tensor, result: Any) -> int | None:
+    """The only axis of the result along which a mask varies, 0 for a single value; None for the last axis."""
+    ndim = result.ndim if isinstance(result, Tensor) else mask.ndim + 1
+    first = ndim - mask.ndim if isinstance(result, Tensor) else 0
+    sizes = zip(mask.shape, mask.stride(), strict=True)
+    axes = [first + axis for axis, (n, stride) in enumerate(sizes) if n > 1 and stride] or [0]
+    return axes[0] if len(axes) == 1 and (axes[0] == 0 or axes[0] < ndim - 1) else None
 
 
 def _is_zero(value: Any) -> bool:

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from modeprobe.probe.randomness import preserved
-from modeprobe.probe.state import Snapshot, bitwise_equal, shared_state
+from modeprobe.probe.state import Snapshot, bitwise_equal, shared_state, slots
 
 
 @dataclass
@@ -57,6 +57,9 @@ class Workbench:
         self._last: Callable[[], nn.Module | None] = lambda: None
         if _is_compiled(model):
             self.strategy, self.reason = "restore", "a compiled model would be compiled again for every copy"
+            return
+        if any(True for module in model.modules() for _ in slots(module)):
+            self.strategy, self.reason = "restore", "a deep copy of a module leaves out its __slots__"
             return
         try:
             with preserved():
