@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from modeprobe.probe.call import Call, without_frames
+from modeprobe.probe.call import Call, told, without_frames
 from modeprobe.probe.depth import mask_axis
 from modeprobe.probe.events import Trace
 from modeprobe.probe.instrument import flag_of
@@ -138,8 +138,15 @@ class Attributor:
                 owners = self.found.readers[path]
                 self.tick(f"replaying modules that read their mode ({total - len(todo) + 1} of {total})")
                 flags = {modules[owner]: flag_of(modules[owner]) for owner in owners}
-                judge = LocalJudge(ReplayBench(tracer, module, run, arguments, flags, setting), path, owners)
-                local = judge.findings()
+                todo[path] -= 1
+                try:
+                    bench = ReplayBench(tracer, module, run, arguments, flags, setting)
+                    judge = LocalJudge(bench, path, owners)
+                    local = judge.findings()
+                except Exception as error:
+                    self.found.notes.append(f"{path} could not be replayed: {told(error)}")
+                    del todo[path]
+                    return
                 # A gradient may differ where no output does: then the whole model has to tell.
                 for finding in local:
                     finding.place = places.get(path)
@@ -147,7 +154,6 @@ class Attributor:
                 if not self.call.gradients:
                     explained.update(judge.added)
                 findings.extend(local)
-                todo[path] -= 1
                 if local or not todo[path]:
                     del todo[path]
 
@@ -157,7 +163,7 @@ class Attributor:
                 with tracer.active():
                     self.call(lent.model)
             except Exception as error:
-                self.found.notes.append(f"replay in train mode: {type(error).__name__}: {error}")
+                self.found.notes.append(f"replay in train mode: {told(error)}")
         return findings, explained
 
     def locate(self, findings: list[Finding], explained: set, budget: int, eval_is_random: bool) -> Reach:
@@ -292,12 +298,18 @@ class _ReplayTracer(Tracer):
     def on_call(self, module: nn.Module, args: tuple, kwargs: dict, run: Callable[..., Any]) -> Any:
         path = self.path(module)
         if path in self.todo:
-            self.visit(self, path, module, lambda: module(*args, **kwargs), (args, kwargs))
+            # Hooks of an activation checkpoint around this call must not see what its replays save.
+            with torch.autograd.graph.saved_tensors_hooks(_same, _same):
+                self.visit(self, path, module, lambda: module(*args, **kwargs), (args, kwargs))
         self.stack.append(module)
         try:
             return run(module, *args, **kwargs)
         finally:
             self.stack.pop()
+
+
+def _same(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
 
 
 def _has_scripts(model: nn.Module) -> bool:

@@ -94,6 +94,14 @@ def without_frames(error: Exception) -> Exception:
     return error
 
 
+def told(error: BaseException) -> str:
+    """Type and text of an error, whatever its `__str__` does."""
+    try:
+        return f"{type(error).__name__}: {error}"
+    except Exception:
+        return type(error).__name__
+
+
 @dataclass
 class Run:
     """Outcome of one run: flattened output, or the error; what the run left behind."""

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from modeprobe.probe.call import Call
+from modeprobe.probe.call import Call, told
 from modeprobe.probe.leaves import clone_inputs, compare, flatten
 from modeprobe.probe.observe import SEEDS
 from modeprobe.probe.quiet import quiet
@@ -50,7 +50,7 @@ def compare_generation(
             leaves, tracer = _generate(bench, call, mode)
         except Exception as error:
             word = "train" if mode else "eval"
-            text = f"generate() raised in {word} mode: {type(error).__name__}: {error}"
+            text = f"generate() raised in {word} mode: {told(error)}"
             return Generation(False if outputs else None, text) if not mode else Generation(None, text)
         outputs.append(leaves)
         traces.append(tracer)

@@ -10,6 +10,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from modeprobe.probe.attribute import Attribution, Located
+from modeprobe.probe.call import told
 from modeprobe.probe.events import Event, Key
 from modeprobe.probe.generation import Generation
 from modeprobe.probe.instrument import flag_of
@@ -141,9 +142,7 @@ def _mutations(model: nn.Module, seen: Observation) -> Iterator[Mutation]:
 
 def _failures(seen: Observation) -> list[Failure]:
     found = [
-        Failure(
-            _WORD[run.mode], run.phase, f"{type(run.error).__name__}: {run.error}", seen.sometimes(run.mode)
-        )
+        Failure(_WORD[run.mode], run.phase, told(run.error), seen.sometimes(run.mode))
         for run in seen.runs
         if run.error is not None
     ]

@@ -135,7 +135,7 @@ class LocalJudge:
         change = changes[0] or changes[1]
         if change is None or (changes[0] and changes[1]):
             return []  # the mode counts however the coin falls
-        finding = self._finding(self._depth_or_noise(on), coins, change)
+        finding = self._finding(self._depth_or_noise(on, coin=True), coins, change)
         finding.forced, finding.varies = (0 if changes[0] else 1), True
         return [finding]
 
@@ -187,7 +187,7 @@ class LocalJudge:
             change = differs(forced, self.quiet, exact=True)
             if change:
                 if word == "coin":
-                    word = self._depth_or_noise([forced, self.quiet])
+                    word = self._depth_or_noise([forced, self.quiet], coin=True)
                 finding = self._finding(word, events, change)
                 finding.forced, finding.varies = force, True
                 return finding
@@ -196,10 +196,10 @@ class LocalJudge:
     def _redrawn(self, events: Events, salt: int) -> Variant:
         return self.bench.variant(True, silent=self.silent, resalt=dict.fromkeys(events, salt))
 
-    def _depth_or_noise(self, runs: list[Variant]) -> str:
-        """What chance does that changes between these runs."""
-        depth = leaves_out_layers(runs, self.steady, self.path) or any(
-            drops_branch(run, self.steady, self.bench.arguments) for run in runs
+    def _depth_or_noise(self, runs: list[Variant], coin: bool = False) -> str:
+        """What chance does that changes between these runs. coin: whether it has one value at a time."""
+        depth = leaves_out_layers(runs, self.steady, self.path) or (
+            coin and any(drops_branch(run, self.steady, self.bench.arguments) for run in runs)
         )
         return "stochastic_depth" if depth else "random_noise"
 
@@ -238,12 +238,11 @@ class LocalJudge:
         return uses is not None and not differs(training, self.quiet, exact=False)
 
     def _structure_alone(self) -> bool:
-        """Whether the output has other parts, however the draws fall."""
+        """Whether the output has other parts than in eval mode, and the same ones however the draws fall."""
         keys = frozenset(key for key, events in self.added.items() if all(event.coin for event in events))
         others = [self.bench.variant(True, silent=self.silent, force=force, forced=keys) for force in (0, 1)]
         runs = (self.quiet, *self.redrawn, *others)
-        compared = [compare(run.leaves, self.steady.leaves).differences for run in runs]
-        return all(any(d.kind in ("type", "extra", "missing") for d in found) for found in compared)
+        return all(_other_parts(run, self.steady) and not _other_parts(run, self.quiet) for run in runs)
 
     def _unintercepted(self) -> list[Finding]:
         """Code that interception of functions hides, such as fused fast paths."""
@@ -299,6 +298,11 @@ def added_events(flipped: Trace, steady: Trace) -> Events:
         for key, events in flipped.active().items()
         if len(events) > len(before.get(key, ()))
     }
+
+
+def _other_parts(a: Variant, b: Variant) -> bool:
+    """Whether one output has parts that the other has not; other shapes are no other parts."""
+    return any(d.kind in ("type", "extra", "missing") for d in compare(a.leaves, b.leaves).differences)
 
 
 def differs(a: Variant, b: Variant, exact: bool) -> Comparison | None:

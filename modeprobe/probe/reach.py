@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from modeprobe.probe.call import Call, without_frames
+from modeprobe.probe.call import Call, told, without_frames
 from modeprobe.probe.events import Key, Trace
 from modeprobe.probe.instrument import set_flag
 from modeprobe.probe.leaves import Comparison, compare, flatten, indices_changed
@@ -72,7 +72,7 @@ class Reach:
                     with tracer.active():
                         leaves = flatten(self.call(lent.model))
             except Exception as error:
-                leaves = {"": f"raised {type(error).__name__}: {error}"}
+                leaves = {"": f"raised {told(error)}"}
                 tracer.trace.error = without_frames(error)
         return Outcome(leaves, tracer.trace)
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from modeprobe.probe.call import without_frames
+from modeprobe.probe.call import told, without_frames
 from modeprobe.probe.events import Key, Trace
 from modeprobe.probe.instrument import flag_of, set_flag
 from modeprobe.probe.leaves import drained, flatten
@@ -125,7 +125,7 @@ class ReplayBench:
                 with tracer.active():
                     leaves = flatten(drained(self.run()))
             except Exception as error:
-                leaves = {"": f"raised {type(error).__name__}: {error}"}
+                leaves = {"": f"raised {told(error)}"}
                 tracer.trace.error = without_frames(error)
             pairs = zip(private, self.generators, strict=True)
             unseen = ["the model's own generator" for before, g in pairs if before != generator_state(g)]
@@ -158,7 +158,7 @@ class ReplayBench:
                 with Tracer(self.tracer.model, functions=False, like=self.tracer).active():
                     return flatten(drained(self.run()))
             except Exception as error:
-                return {"": f"raised {type(error).__name__}: {error}"}
+                return {"": f"raised {told(error)}"}
             finally:
                 self.snapshot.restore()
 

@@ -385,7 +385,7 @@ class _Operators(TorchDispatchMode):
 def _silenced_operator(func: Any, name: str, args: tuple) -> tuple[Any, tuple, bool]:
     """The same operator as in eval mode, its arguments, and whether there is such."""
     if name == "bernoulli_":
-        return torch.ops.aten.fill_.Scalar, (args[0], args[1]), True
+        return lambda mask, keep=0.5, generator=None: mask.fill_(keep), args, True
     if name == "native_dropout":
         return func, (*args[:2], False), True
     if args[3] is None or name == "_fused_dropout":

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from modeprobe.probe.call import told
 from modeprobe.probe.randomness import preserved
 from modeprobe.probe.state import Snapshot, bitwise_equal, shared_state, slots
 
@@ -65,7 +66,7 @@ class Workbench:
             with preserved():
                 trial = self._copy()
         except Exception as error:
-            self.strategy, self.reason = "restore", f"{type(error).__name__}: {error}"
+            self.strategy, self.reason = "restore", told(error)
             return
         if shared_state(model, trial):
             self.strategy, self.reason = (

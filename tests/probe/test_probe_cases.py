@@ -2,8 +2,10 @@
 # ruff: noqa: E501, NPY002 - one case per line; the legacy numpy generator is what is tested
 
 import dataclasses
+import fractions
 import functools
 import random
+import time
 from typing import NamedTuple
 
 import numpy as np
@@ -209,6 +211,152 @@ class Merging(nn.Module):
 def path_by_where(p):
     return run(lambda s, x: x + torch.where(torch.rand(4, 1, 1) < p, 0.0, s.lin(x)) if s.training else x + s.lin(x),
                lin=nn.Linear(8, 8))  # fmt: skip
+
+
+class SampleFirst(nn.Module):
+    """A mask with one value per index of `axis`, in a model that mixes tokens but no samples."""
+
+    def __init__(self, p, shape, seq_first):
+        super().__init__()
+        self.p, self.shape, self.seq_first = p, shape, seq_first
+        self.attention, self.lin = nn.MultiheadAttention(8, 2, batch_first=not seq_first), nn.Linear(8, 8)
+
+    def forward(self, x):
+        x = x.transpose(0, 1) if self.seq_first else x
+        branch = self.lin(x)
+        if self.training and self.p:
+            branch = branch * ((1 - self.p) + torch.rand(self.shape)).floor() / (1 - self.p)
+        x = x + branch
+        return x + self.attention(x, x, x)[0]
+
+
+class BatchSubset(nn.Module):
+    """A residual branch that only some of the samples (or `axis=1`: tokens) go through."""
+
+    def __init__(self, keep, axis=0, write="index_add"):
+        super().__init__()
+        self.lin, self.keep, self.axis, self.write = nn.Linear(8, 8), keep, axis, write
+
+    def forward(self, x):
+        if not self.training:
+            return x + self.lin(x)
+        rows = torch.randperm(x.shape[self.axis])[: self.keep]
+        if self.write == "index_add":
+            return torch.index_add(x, self.axis, rows, self.lin(x.index_select(self.axis, rows)))
+        x = x.clone()
+        x[rows] += self.lin(x[rows])
+        return x
+
+
+class Experts(nn.Module):
+    """Each token goes through one expert; noise at the router sends it to another."""
+
+    def __init__(self, noise):
+        super().__init__()
+        self.router, self.noise = nn.Linear(8, 4), noise
+        self.experts = nn.ModuleList(nn.Linear(8, 8) for _ in range(4))
+
+    def forward(self, x):
+        tokens = x.reshape(-1, 8)
+        scores = self.router(tokens)
+        if self.training and self.noise:
+            scores = scores + self.noise * torch.randn_like(scores)
+        chosen, out = scores.argmax(-1), torch.zeros_like(tokens)
+        for index, expert in enumerate(self.experts):
+            rows = (chosen == index).nonzero()[:, 0]
+            if len(rows):
+                out[rows] = expert(tokens[rows])
+        return out.view_as(x)
+
+
+class LayersPicked(nn.Module):
+    def __init__(self, pick):
+        super().__init__()
+        self.layers, self.pick = nn.ModuleList(nn.Linear(8, 8) for _ in range(4)), pick
+
+    def forward(self, x):
+        for index in self.pick() if self.training else range(4):
+            x = x + self.layers[index](x)
+        return x
+
+
+def edges_dropped(self, x):
+    """A sum over edges between the samples of the batch, as in a graph."""
+    source, target = torch.arange(24) % 4, torch.arange(24) // 6
+    if self.training:
+        keep = torch.rand(24) > 0.3
+        source, target = source[keep], target[keep]
+    return x + torch.zeros_like(x).index_add(0, target, self.lin(x[source]))
+
+
+def zeroed_rows(value):
+    def forward(self, x):
+        y = self.lin(x)
+        if self.training:
+            y[torch.rand(4) < 0.4] = value
+        return x + y
+
+    return run(forward, lin=nn.Linear(8, 8))
+
+
+def embedding_rows(self, x):
+    weight = self.table.weight
+    if self.training:
+        weight = weight * torch.empty(5, 1).bernoulli_(0.6)
+    return F.embedding(torch.arange(20).view(4, 5) % 5, weight)
+
+
+def mask_on_noise(self, x):
+    noise = torch.randn_like(x) * (torch.rand(4, 1, 1) < 0.5)
+    return x + noise if self.training else x
+
+
+class OneStatistic(nn.Module):
+    """Divides by a mean square: of the batch in training (`batch`), else the stored one."""
+
+    def __init__(self, batch):
+        super().__init__()
+        self.register_buffer("square", torch.ones(8))
+        self.batch = batch
+
+    def forward(self, x):
+        square = self.square
+        if self.training:
+            new = (x * x).mean((0, 1))
+            self.square = 0.9 * self.square + 0.1 * new
+            square = new if self.batch else square
+        return x / square.sqrt()
+
+
+class Slots:
+    __slots__ = ("value",)
+
+    def __init__(self, value):
+        self.value = value
+
+
+captured_random = random.Random.random.__get__(random._inst)  # as after `from random import random`
+
+
+class LayerDropBesideDropout(LayerDrop):
+    """Its coin cannot be seen, only that a random stream moves; hidden states are returned, too."""
+
+    def __init__(self, p):
+        super().__init__(p, captured_random)
+        self.drop = nn.Dropout(0.5)
+
+    def forward(self, x):
+        states = []
+        for layer in self.layers:
+            if self.training and self.coin() < self.p:
+                continue
+            x = layer(x)
+            states.append(x)
+        return self.drop(x), states
+
+
+def clock(self, x):
+    return x + time.perf_counter_ns() % 100_000
 
 
 def native_norm(frozen):
@@ -469,6 +617,53 @@ CASES = [
     Case("gradients not asked for", run(gradient_noise, lin=nn.Linear(8, 8)), "none"),
     Case("differentiates inside", run(lambda s, x: torch.autograd.grad(s.lin(x).sum(), s.lin.weight)[0],
                                       lin=nn.Linear(8, 8)), "none"),
+    Case("DropPath on axis 1", lambda: SampleFirst(0.4, (1, 4, 1), True), "differs", S, "t"),
+    Case("DropPath on axis 1, rare", lambda: SampleFirst(0.001, (1, 4, 1), True), "differs", S, "t"),
+    Case("DropPath on axis 1, p=0", lambda: SampleFirst(0.0, (1, 4, 1), True), "none"),
+    Case("tokens masked on axis 1", lambda: SampleFirst(0.4, (1, 6, 1), False), "differs", N, "t"),
+    Case("channels masked", lambda: SampleFirst(0.4, (1, 1, 8), False), "differs", N, "t"),
+    Case("channels masked, one axis", lambda: SampleFirst(0.4, (8,), False), "differs", N, "t"),
+    Case("mask expanded", run(lambda s, x: x + (s.lin(x) * (torch.rand(4, 1, 1) < 0.6).expand_as(x) if s.training else s.lin(x)),
+                              lin=nn.Linear(8, 8)), "differs", S, "t"),
+    Case("samples set to zero", zeroed_rows(0), "differs", S, "t"),
+    Case("samples set to another value", zeroed_rows(3.0), "differs", N, "t"),
+    Case("batch subset", lambda: BatchSubset(2), "differs", S, "t"),
+    Case("batch subset, written by index", lambda: BatchSubset(2, write="index"), "differs", S, "t"),
+    Case("whole batch shuffled", lambda: BatchSubset(4), "none"),
+    Case("token subset", lambda: BatchSubset(3, axis=1), "differs", N, "t"),
+    Case("noisy router", lambda: Experts(1.0), "differs", N, "t"),
+    Case("router without noise", lambda: Experts(0.0), "none"),
+    Case("edges dropped", run(edges_dropped, lin=nn.Linear(8, 8)), "differs", N, "t"),
+    Case("layers sampled", lambda: LayersPicked(lambda: sorted(random.sample(range(4), 2))), "differs", S, "t"),
+    Case("layers in random order", lambda: LayersPicked(lambda: random.sample(range(4), 4)), "differs", N, "t"),
+    Case("one of the layers for another", lambda: LayersPicked(lambda: [random.randrange(4)] * 4), "differs", N, "t"),
+    Case("one of the layers, always the same at the seeds", run(lambda s, x: s.layers[random.randrange(3) if s.training else 0](x),
+         layers=nn.ModuleList(nn.Linear(8, 8) for _ in range(3))), "differs", N, "t"),
+    Case("branch times a coin", run(lambda s, x: s.lin(x) * (random.random() < 0.6) if s.training else s.lin(x),
+                                    lin=nn.Linear(8, 8)), "differs", S, "t"),
+    Case("rows of an embedding dropped", run(embedding_rows, table=nn.Embedding(5, 8)), "differs", N, "t"),
+    Case("noise in some samples", run(mask_on_noise), "differs", N, "t"),
+    Case("LayerDrop by a captured function", lambda: LayerDropBesideDropout(0.5), "differs", f"{S} {M}", "t"),
+    Case("LayerDrop by a captured function, p=0", lambda: LayerDropBesideDropout(0.0), "differs", M, "t"),
+    Case("one statistic by hand", lambda: OneStatistic(True), "differs", B),
+    Case("one statistic, stored in both modes", lambda: OneStatistic(False), "none"),
+    Case("scripted norm and dropout", lambda: torch.jit.script(nn.Sequential(nn.BatchNorm1d(6), nn.Dropout(0.5))),
+         "differs", f"{B} {FD}", "t"),
+    Case("scripted norm, dropout off", lambda: torch.jit.script(nn.Sequential(nn.BatchNorm1d(6), nn.Dropout(0.0))),
+         "differs", B),
+    Case("generator", run(lambda s, x: (s.drop(row) for row in x), drop=nn.Dropout(0.5)), "differs", M, "t"),
+    Case("generator, p=0", run(lambda s, x: (s.drop(row) for row in x), drop=nn.Dropout(0.0)), "none"),
+    Case("object with slots", run(lambda s, x: Slots(s.drop(x)), drop=nn.Dropout(0.5)), "differs", M, "t"),
+    Case("object with slots, p=0", run(lambda s, x: Slots(s.drop(x)), drop=nn.Dropout(0.0)), "none"),
+    Case("nested tensors", run(lambda s, x: torch.nested.nested_tensor([x[0], x[1, :2]]) * (1 + s.training)), "differs", BR),
+    Case("nested tensors, same", run(lambda s, x: torch.nested.nested_tensor([x[0], x[1, :2]])), "none"),
+    Case("float8", run(lambda s, x: (x * (1 + s.training)).to(torch.float8_e4m3fn)), "differs", BR),
+    Case("small in bfloat16", run(lambda s, x: (x * (1.05 if s.training else 1)).bfloat16()), "differs", BR),
+    Case("rounded in bfloat16", run(lambda s, x: (x.bfloat16() / 3 * 3) if s.training else x.bfloat16()), "none"),
+    Case("fraction", run(lambda s, x: fractions.Fraction(1, 2 + s.training)), "differs", BR),
+    Case("fraction, same", run(lambda s, x: fractions.Fraction(1, 2)), "none"),
+    Case("clock", run(clock), "none", "", "te"),
+    Case("clock and dropout", run(lambda s, x: clock(s, F.dropout(x, 0.5, s.training))), "differs", FD, "te"),
     Case("BatchNorm in 2-D", lambda: nn.BatchNorm1d(6), "differs", B, inputs=ROWS),
 ]  # fmt: skip
 
