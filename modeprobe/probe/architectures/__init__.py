@@ -5,7 +5,7 @@ The only part of the probe that knows transformers. Nothing is downloaded.
 
 from __future__ import annotations
 
-import importlib
+import itertools
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -13,24 +13,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from modeprobe.probe.architectures import sizes as _sizes
+from modeprobe.probe.architectures import models as _models
+from modeprobe.probe.architectures import parts as _parts
 from modeprobe.probe.architectures.inputs import InputMaker
 from modeprobe.probe.quiet import quiet
 
-MAX_PARAMETERS = 100_000_000
 _REPAIRS = 4
-_CLASSES = 3
+_RUNS = 8  # of a model, until one runs in train mode too, or of a whole, until one reaches the part
 
-# Parts for models that are composed of any two others, by a word in the composition's name or the part's.
-_PARTS = {"vision": "vit", "image": "vit", "speech": "wav2vec2", "audio": "wav2vec2"}
+Found = tuple[nn.Module, dict[str, Any]]
 
 
 class ArchitectureError(Exception):
     """No tiny model of this type could be built and run; the message says what was tried."""
-
-
-class _TooLargeError(ArchitectureError):
-    pass
 
 
 def model_types() -> list[str]:
@@ -52,157 +47,115 @@ def build(model_type: str, seed: int = 0) -> tuple[nn.Module, dict[str, Any]]:
         close = difflib.get_close_matches(model_type, model_types(), 3)
         hint = f"; close: {', '.join(close)}" if close else ""
         raise ArchitectureError(f"unknown model type {model_type!r} in the installed transformers{hint}")
-    tried: list[str] = []
-    ran = False
+    tried = _Tried(model_type)
     with quiet():
-        try:
-            config = _configuration(model_type)
-        except Exception as error:
-            raise ArchitectureError(
-                f"transformers has no default configuration of {model_type}: {_short(error)}"
-            ) from None
-        for model in _models(config, seed):
-            if isinstance(model, ImportError) and not str(model.name).startswith("transformers."):
-                raise ArchitectureError(f"{model_type} needs a package: {_short(model)}") from None
-            if isinstance(model, Exception):
-                tried.append(_short(model))
-                continue
-            if not ran:
-                ran, tried = True, []
-            accepted, failures = _accepted(model)
-            if accepted is not None:
-                return model.train(), accepted
-            tried += failures or [f"{type(model).__name__}.forward() does not say what it takes"]
-    what = (
-        "was built, but none of the inputs tried fit it"
-        if ran
-        else "could not be built from its configuration"
-    )
-    reasons = "\n  ".join(list(dict.fromkeys(tried))[:4])
-    raise ArchitectureError(
-        f"a tiny {model_type} {what}:\n  {reasons}\n"
-        "Probe it by package.module:factory and --input instead, with a configuration and inputs of your own."
-    )
+        found = _first(_running(model_type, seed, tried)) or _first(_as_part(model_type, seed))
+    if found is None:
+        raise ArchitectureError(str(tried))
+    model, inputs = found
+    return model.train(), inputs
 
 
-def _accepted(model: nn.Module) -> tuple[dict[str, Any] | None, list[str]]:
-    """The first inputs that the model runs on, and why it did not run on those before."""
+def _first(running: Iterator[Found]) -> Found | None:
+    """The first that also runs in train mode, else the first."""
+    found = None
+    for model, inputs in itertools.islice(running, _RUNS):
+        if _failure(model, inputs, train=True) is None:
+            return model, inputs
+        found = found or (model, inputs)
+    return found
+
+
+class _Tried:
+    """Why a model type could not be built, or did not run on the inputs tried."""
+
+    def __init__(self, model_type: str) -> None:
+        self.model_type = model_type
+        self.ran = False
+        self.instead = ""
+        self.reasons: list[str] = []
+
+    def __str__(self) -> str:
+        if self.instead:
+            return self.instead
+        what = (
+            "was built, but none of the inputs tried fit it"
+            if self.ran
+            else "could not be built from its configuration"
+        )
+        reasons = "\n  ".join(list(dict.fromkeys(self.reasons))[:4])
+        return (
+            f"a tiny {self.model_type} {what}:\n  {reasons}\n"
+            "Probe it by package.module:factory and --input instead, "
+            "with a configuration and inputs of your own."
+        )
+
+
+def _running(model_type: str, seed: int, tried: _Tried, complete: bool = False) -> Iterator[Found]:
+    """Models of this type with inputs that they run on, the smallest first."""
+    try:
+        config = _models.configuration(model_type, complete)
+    except Exception as error:
+        tried.instead = f"transformers has no default configuration of {model_type}: {_short(error)}"
+        return
+    for model in _models.models(config, seed):
+        if isinstance(model, ImportError) and not str(model.name).startswith("transformers."):
+            tried.instead = f"{model_type} needs a package: {_short(model)}"
+            return
+        if isinstance(model, Exception):
+            tried.reasons.append(_short(model))
+            continue
+        if not tried.ran:
+            tried.ran, tried.reasons = True, []
+        before = len(tried.reasons)
+        for inputs in _accepted(model, tried.reasons):
+            yield model, inputs
+        if len(tried.reasons) == before:
+            tried.reasons.append(f"{type(model).__name__}.forward() does not say what it takes")
+
+
+def _as_part(model_type: str, seed: int) -> Iterator[Found]:
+    """The module of this type in a model that holds one, with the arguments that it gets there."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    kind = CONFIG_MAPPING[model_type]
+    for whole in _parts.wholes(kind):
+        for model, inputs in itertools.islice(_running(whole, seed, _Tried(whole), complete=True), _RUNS):
+            for part, arguments in _parts.recorded(model, inputs, kind):
+                if _failure(part, arguments) is None:
+                    yield part, arguments
+
+
+def _accepted(model: nn.Module, failures: list[str]) -> Iterator[dict[str, Any]]:
+    """The inputs that the model runs on; why it did not run on the others is added to the failures."""
     maker = InputMaker(model)
-    failures: list[str] = []
+    seen = set()
 
-    def attempt(inputs: dict[str, Any], repairs: int) -> dict[str, Any] | None:
+    def attempt(inputs: dict[str, Any], repairs: int) -> Iterator[dict[str, Any]]:
+        kinds = frozenset((name, str(getattr(value, "shape", value))) for name, value in inputs.items())
+        if kinds in seen:
+            return
+        seen.add(kinds)
         failure = _failure(model, inputs)
         if failure is None:
-            return inputs
-        failures.append(failure)
-        tried = maker.repaired(inputs, failure) if repairs else ()
-        return next((found for other in tried if (found := attempt(other, repairs - 1))), None)
+            yield inputs
+            return
+        failures.append(_short(failure))
+        for other in maker.repaired(inputs, failure) if repairs else ():
+            yield from attempt(other, repairs - 1)
 
-    return next(
-        (found for inputs in maker.candidates() if (found := attempt(inputs, _REPAIRS))), None
-    ), failures
+    for inputs in maker.candidates():
+        yield from attempt(inputs, _REPAIRS)
 
 
-def _failure(model: nn.Module, inputs: dict[str, Any]) -> str | None:
+def _failure(model: nn.Module, inputs: dict[str, Any], train: bool = False) -> Exception | None:
     try:
         with torch.no_grad():
-            model.eval()(**inputs)
+            model.train(train)(**inputs)
     except Exception as error:
-        return _short(error)
+        return error
     return None
 
 
 def _short(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-
-
-def _models(config: Any, seed: int) -> Iterator[nn.Module | Exception]:
-    """Models at growing sizes, of each class that takes the configuration, or why there is none."""
-    original = config.to_dict()
-    too_large = False
-    for values in _sizes.candidates(original):
-        if values is original and too_large:
-            return  # its shallow form was
-        too_large = False
-        try:
-            small = type(config).from_dict(values)
-            makers = list(_constructors(small))
-        except Exception as error:
-            yield error
-            continue
-        for make in makers:
-            made = _made(make, small, seed)
-            yield made
-            if isinstance(made, _TooLargeError):
-                too_large = True
-                break
-        if not makers:
-            yield ArchitectureError(f"no model class for {type(config).__name__}")
-
-
-def _made(make: Any, config: Any, seed: int) -> nn.Module | Exception:
-    try:
-        with torch.device("meta"):
-            count = sum(parameter.numel() for parameter in make(config).parameters())
-        if count > MAX_PARAMETERS:
-            return _TooLargeError(f"{count:,} parameters at this size")
-        torch.manual_seed(seed)
-        return make(config)
-    except Exception as error:
-        return error
-
-
-def _configuration(model_type: str) -> Any:
-    from transformers import AutoConfig
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
-    try:
-        return AutoConfig.for_model(model_type)
-    except ValueError:
-        slots = getattr(CONFIG_MAPPING[model_type], "sub_configs", {})
-        if not slots:
-            raise
-    parts = {}
-    for index, slot in enumerate(slots):
-        words = f"{model_type} {slot}" if index == 0 else slot
-        kind = next((kind for word, kind in _PARTS.items() if word in words), "bert")
-        decodes = {"is_decoder": True, "add_cross_attention": True} if slot == "decoder" else {}
-        parts[slot] = AutoConfig.for_model(kind, **decodes).to_dict()
-    return AutoConfig.for_model(model_type, **parts)
-
-
-def _constructors(config: Any) -> Iterator[Any]:
-    import transformers
-    from transformers.models.auto import modeling_auto
-
-    names = ["AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModel"]
-    if getattr(config, "is_encoder_decoder", False):  # its causal model would be the decoder alone
-        names.append(names.pop(0))
-    found = []
-    for name in names:
-        auto = getattr(transformers, name)
-        if type(config) in auto._model_mapping:
-            found.append(auto._model_mapping[type(config)])
-            yield auto.from_config
-    for name, mapping in vars(modeling_auto).items():
-        if name.startswith("MODEL_FOR") and name.endswith("_MAPPING") and type(config) in mapping:
-            kind = mapping[type(config)]
-            kind = kind[0] if isinstance(kind, tuple) else kind
-            if kind not in found:
-                found.append(kind)
-                yield kind
-                if len(found) > _CLASSES:
-                    return
-    if found:
-        return
-    # Parts of larger models have no automatic class: look beside their configuration.
-    source = importlib.import_module(type(config).__module__.replace(".configuration_", ".modeling_"))
-    beside = [
-        kind
-        for kind in vars(source).values()
-        if isinstance(kind, type)
-        and issubclass(kind, transformers.PreTrainedModel)
-        and getattr(kind, "config_class", None) is type(config)
-        and not kind.__name__.endswith("PreTrainedModel")
-    ]
-    yield from beside[:1]

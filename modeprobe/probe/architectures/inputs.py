@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import inspect
 import re
+import traceback
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from modeprobe.probe.architectures.processors import processed
 from modeprobe.probe.architectures.sizes import PLACEHOLDERS
 
 BATCH = 2
@@ -45,6 +48,7 @@ _SIZES_EXPECTED = (
 )
 _CODEBOOKS = re.compile(r"shape '\[-1, (\d+), (\d+)\]' is invalid")
 _NAMED = re.compile(r"[`'](\w+)[`']")
+_WORD = re.compile(r"\b[a-z]\w+")
 _NOT_TRIED = re.compile(r"labels|inputs_embeds|head_mask|past_|encoder_outputs")
 
 
@@ -54,7 +58,11 @@ class InputMaker:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.config: Any = model.config
-        self.parameters = inspect.signature(model.forward).parameters
+        self.parameters = {
+            name: parameter
+            for name, parameter in inspect.signature(model.forward).parameters.items()
+            if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+        }
         self.documented = {
             name: (kind, [part.strip() for part in shape.split(",") if part.strip()])
             for name, kind, shape in _DOCUMENTED.findall(model.forward.__doc__ or "")
@@ -65,17 +73,22 @@ class InputMaker:
         self.vocabulary = min(self.size("vocab_size", 64), 64)
 
     def candidates(self) -> Iterator[Inputs]:
-        yield from self._by_convention()
+        text = self._text()
+        yield from self._with_media(text)
+        yield from self._by_processor()
+        yield from self._text_alone(text)
         yield from self._by_documentation()
 
-    def repaired(self, inputs: Inputs, failure: str) -> Iterator[Inputs]:
+    def repaired(self, inputs: Inputs, error: Exception) -> Iterator[Inputs]:
         """With the inputs, the placeholders in the text, or the sizes that the failure says are missing."""
+        failure = " ".join(str(error).split())
         yield from self._with_placeholders(inputs, failure)
         yield from _with_expected_sizes(inputs, failure)
         yield from _with_codebooks(inputs, failure)
-        named = [name for name in _NAMED.findall(failure) if name in self.parameters and name not in inputs]
-        if named:
-            yield {**inputs, **{name: self.documented_tensor(name) for name in named}}
+        for named in (_NAMED.findall(failure), _read_where_raised(error)):
+            missing = [name for name in named if name in self.parameters and name not in inputs]
+            if missing:
+                yield {**inputs, **{name: self.documented_tensor(name) for name in missing}}
 
     def _with_placeholders(self, inputs: Inputs, failure: str) -> Iterator[Inputs]:
         missing = _MISSING_PLACEHOLDERS.search(failure)
@@ -124,7 +137,7 @@ class InputMaker:
                 return (side, side) if isinstance(side, int) else tuple(side)[:2]
         return (32, 32)
 
-    def _by_convention(self) -> Iterator[Inputs]:
+    def _text(self) -> Inputs:
         parameters = self.parameters
         text: Inputs = {}
         if "input_ids" in parameters:
@@ -133,12 +146,16 @@ class InputMaker:
                 text["bbox"] = torch.zeros(BATCH, LENGTH, 4, dtype=torch.long)
         if "decoder_input_ids" in parameters and getattr(self.config, "is_encoder_decoder", False):
             text["decoder_input_ids"] = self.tokens(BATCH, DECODER_LENGTH)
+        return text
+
+    def _with_media(self, text: Inputs) -> Iterator[Inputs]:
+        parameters = self.parameters
         decoder = {name: value for name, value in text.items() if name.startswith("decoder")}
         media = {name: shapes for name, shapes in self._media().items() if name in parameters}
         beside = text if "input_ids" in text else decoder
         for grid in ("image_grid_thw", "grid_thw"):
             if grid in parameters:
-                yield {**text, **self._patches(grid)}
+                yield from ({**text, **patches} for patches in self._patches(grid))
         if "spatial_shapes" in parameters:
             yield {**text, **self._padded_patches()}
         for name, shapes in media.items():
@@ -152,22 +169,46 @@ class InputMaker:
             yield {**text, **{name: self.normal(*shapes[0]) for name, shapes in media.items()}}
         if "past_values" in parameters:
             yield self._series()
+
+    def _text_alone(self, text: Inputs) -> Iterator[Inputs]:
         if text:
             yield text
             length = self.size("chunk_size", 16) * 4
             yield {name: self.tokens(BATCH, length) for name in text}
             yield {**text, "use_cache": False}
 
-    def _patches(self, grid: str) -> Inputs:
-        """Pictures as rows of flattened patches, and the grid that they come from."""
+    def _by_processor(self) -> Iterator[Inputs]:
+        for values in processed(self.config.model_type, self.size, self.image_sides()):
+            media = {name: value for name, value in values.items() if name in self.parameters}
+            media = {name: value for name, value in media.items() if isinstance(value, torch.Tensor)}
+            if not media:
+                continue
+            for text in self._texts():
+                yield {**text, **media}
+                if text and "attention_mask" in media:  # of the picture's patches
+                    rest = {name: value for name, value in media.items() if name != "attention_mask"}
+                    yield {**text, **rest}
+
+    def _texts(self) -> Iterator[Inputs]:
+        """Nothing, tokens for the decoder, tokens for both."""
+        names = [name for name in ("decoder_input_ids", "input_ids") if name in self.parameters]
+        if not names or self.parameters[names[-1]].default is not inspect.Parameter.empty:
+            yield {}
+        for count in range(1, len(names) + 1):
+            yield {name: self.tokens(BATCH, LENGTH) for name in names[:count]}
+
+    def _patches(self, grid: str) -> Iterator[Inputs]:
+        """Pictures as rows of patches, flattened or as small pictures, and the grid that they come from."""
         patch, merge = self.size("patch_size", 14), self.size("spatial_merge_size", 2)
-        width = self.size("in_channels", 3) * self.size("temporal_patch_size", 1) * patch**2
+        channels = self.size("in_channels", 3)
         side = 2 * merge
         name = "pixel_values" if "pixel_values" in self.parameters else "hidden_states"
-        return {
-            name: self.normal(BATCH * side**2, width),
-            grid: torch.tensor([[1, side, side]] * BATCH),
-        }
+        flat = channels * self.size("temporal_patch_size", 1) * patch**2
+        for shape in ((flat,), (channels, patch, patch)):
+            yield {
+                name: self.normal(BATCH * side**2, *shape),
+                grid: torch.tensor([[1, side, side]] * BATCH),
+            }
 
     def _padded_patches(self) -> Inputs:
         """Pictures as rows of flattened patches, a row each, and their shapes in patches."""
@@ -192,13 +233,15 @@ class InputMaker:
     def _media(self) -> dict[str, list[tuple[int, ...]]]:
         channels = self.size("num_channels", 3)
         sides = self.image_sides()
+        frames = self.size("num_frames", 4)
         bins, audio = self.size("num_mel_bins", 80), self.size("max_length", 128)
         return {
             "pixel_values": [
                 *((BATCH, channels, *side) for side in (sides, (64, 64), (224, 224))),
-                (BATCH, self.size("num_frames", 2), channels, *sides),
+                (BATCH, frames, channels, *sides),
+                (BATCH * frames, channels, *sides),
             ],
-            "pixel_values_videos": [(BATCH, self.size("frames_per_clip", 4), channels, *sides)],
+            "pixel_values_videos": [(BATCH, self.size("frames_per_clip", frames), channels, *sides)],
             "input_values": [(BATCH, 4000), (BATCH, 1, 4000), (BATCH, audio, self.size("num_mel_bins", 128))],
             "input_features": [
                 (BATCH, bins, AUDIO_LENGTH), (BATCH, AUDIO_LENGTH, bins), (BATCH, bins, 3000),
@@ -232,8 +275,7 @@ class InputMaker:
         needed = [
             name
             for name, parameter in self.parameters.items()
-            if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
-            and (parameter.default is parameter.empty or name == main)
+            if parameter.default is parameter.empty or name == main
         ]
         optional = [name for name in self.documented if name not in needed and not _NOT_TRIED.search(name)]
         masks = [name for name in optional if "mask" in name]
@@ -256,7 +298,7 @@ class InputMaker:
             return torch.zeros(sizes, dtype=torch.long)
         if name == "position_ids":
             return torch.arange(sizes[-1]).expand(sizes)
-        if "Long" in kind or "Int" in kind or name.endswith("ids"):
+        if "Long" in kind or "Int" in kind or name.endswith(("ids", "idx")):
             return self.tokens(*sizes)
         return self.normal(*sizes)
 
@@ -282,6 +324,15 @@ class InputMaker:
         if "length" in part or "seq" in part:
             return DECODER_LENGTH if name.startswith("decoder") or "target" in part else self.length
         return self.size(part, 4)
+
+
+def _read_where_raised(error: Exception) -> list[str]:
+    """The names on the model's source line that raised: one of them may be an input that is None."""
+    if not isinstance(error, (TypeError, AttributeError)):
+        return []
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.line or "" for frame in frames if "torch" not in Path(frame.filename).parts]
+    return _WORD.findall(lines[-1]) if lines else []
 
 
 def _with_expected_sizes(inputs: Inputs, failure: str) -> Iterator[Inputs]:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 DEPTH = 2
+_FEW = 4  # lists that are longer and as long as there are layers have an entry for each
 
 # Widths are multiples of the head counts.
 _HIDDEN = """hidden_size d_model n_embd dim encoder_hidden_size word_embed_proj_dim
@@ -17,7 +18,7 @@ encoder_intermediate_size decoder_intermediate_size moe_intermediate_size mlp_di
 shared_expert_intermediate_size""".split()  # noqa: SIM905
 _HEADS = """num_attention_heads n_head n_heads num_heads encoder_attention_heads decoder_attention_heads
 decoder_num_attention_heads attention_heads""".split()  # noqa: SIM905
-_LAYERS = """num_hidden_layers n_layer n_layers num_layers encoder_layers decoder_layers num_decoder_layers
+LAYERS = """num_hidden_layers n_layer n_layers num_layers encoder_layers decoder_layers num_decoder_layers
 num_encoder_layers decoder_num_hidden_layers depth""".split()  # noqa: SIM905
 _NARROW = {
     **dict.fromkeys(_HIDDEN, 32),
@@ -39,7 +40,7 @@ _NARROW = {
     "rotary_dim": 8,
 }
 _SHALLOW = {
-    **dict.fromkeys(_LAYERS, DEPTH),
+    **dict.fromkeys(LAYERS, DEPTH),
     "experts": 4,
     **dict.fromkeys("num_experts_per_tok num_experts_per_token top_k_experts moe_k moe_topk".split(), 2),  # noqa: SIM905
     "num_blocks": 1,
@@ -57,6 +58,7 @@ _SHALLOW = {
     "n_positions": 128,
     "max_source_positions": 48,
     "max_target_positions": 32,
+    "num_queries": 4,
 }
 # Ids that stand for pictures and sounds in a text, among the last of the small vocabulary.
 PLACEHOLDERS = {"image": 60, "video": 61, "audio": 62}
@@ -71,6 +73,16 @@ _FILLED = frozenset(
     """num_key_value_heads num_experts_per_tok moe_intermediate_size head_dim vocab_size
     prediction_length""".split()  # noqa: SIM905
 )
+# For what is None in a default configuration and needed.
+_USUAL = {
+    **_SHALLOW,
+    **_NARROW,
+    "layer_types": ["full_attention"] * DEPTH,
+    "mlp_layer_types": ["dense", "sparse"],
+    "initializer_range": 0.02,
+    "sliding_window": 8,
+    "rope_theta": 10000.0,
+}
 _BACKBONE = {
     "model_type": "resnet",
     "embedding_size": 8,
@@ -82,32 +94,70 @@ _TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id")
 _COMMON = re.compile(r"vocab_size|experts$")
 _HEAD_COUNT = re.compile(r"(^|_)(heads|n_head)$")
 _WIDTH = re.compile(
-    r"(^|_)((hidden|intermediate|embedding|embed|inner)_(size|dim)|d_model|n_embd|d_ff|ffn_dim|mlp_dim)$"
+    r"(^|_)((hidden|intermediate|embedding|embed|inner)_(size|dim)s?(_per_stage)?|channel_list|d_model|n_embd|d_ff"
+    r"|ffn_dim|mlp_dim)$"
 )
 _LAYER_INDICES = re.compile(r"(^|_)(indexes|indices|idxs|idx)$")
 
 
-def candidates(values: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """The configuration's values at small sizes, the smallest first and as they are last.
+def readings(values: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The configuration's values at small sizes, the smallest first.
 
     Which sizes belong together is not written in a configuration, so several readings are offered.
     """
+    values = _with_small_pictures(values, _picture(values))
     narrow = {**_SHALLOW, **_NARROW}
     yield _shrunk(values, narrow)
     yield _shrunk(values, {**narrow, "num_key_value_heads": narrow["num_attention_heads"]})
     yield _shrunk(values, {name: size for name, size in narrow.items() if name not in _HEAD_SIZES})
-    yield _shrunk(values, {name: size for name, size in narrow.items() if name not in _LAYERS}, deep=True)
+    yield _shrunk(values, {name: size for name, size in narrow.items() if name not in LAYERS}, deep=True)
+    coarse = {name: size for name, size in narrow.items() if name not in ("patch_size", "image_size")}
+    yield _with_patches_kept(_shrunk(values, coarse))
     shallow = _shrunk(values, _SHALLOW)
-    factor = _common_factor(shallow)
-    if factor > 1:
-        yield _divided(shallow, factor)
+    for widths_alone in (False, True):
+        factor = _common_factor(shallow, widths_alone)
+        if factor > 1:
+            yield _divided(shallow, factor, widths_alone)
     yield shallow
-    yield values
+
+
+def _with_patches_kept(values: dict[str, Any]) -> dict[str, Any]:
+    """Pictures of four patches a side, for models whose other layers follow from the size of a patch."""
+    kept = {
+        name: _with_patches_kept(value) if isinstance(value, dict) else value
+        for name, value in values.items()
+    }
+    patch, side = values.get("patch_size"), values.get("image_size")
+    if isinstance(patch, int) and isinstance(side, int):
+        kept["image_size"] = min(side, 4 * patch)
+    return kept
+
+
+def filled(values: dict[str, Any]) -> dict[str, Any]:
+    """With a usual value for what is None."""
+    found = dict(values)
+    for name, value in values.items():
+        if isinstance(value, dict) and "model_type" in value:
+            found[name] = filled(value)
+        elif value is None:
+            found[name] = usual(name)
+    rope, kinds = values.get("rope_parameters"), values.get("layer_types")
+    if isinstance(rope, dict) and kinds and not any(kind in rope for kind in kinds):
+        one = {"rope_type": "default", "rope_theta": 10000.0, **rope}
+        found["rope_parameters"] = dict.fromkeys(kinds, one)
+    return found
+
+
+def usual(name: str) -> Any:
+    """The small value of a field of this name, or None."""
+    common = _COMMON.search(name)
+    return _USUAL.get(name, _USUAL.get(common[0]) if common else None)
 
 
 def _shrunk(values: dict[str, Any], sizes: dict[str, int], deep: bool = False) -> dict[str, Any]:
     """deep: with as many layers as before."""
     shrunk = {name: value for name, value in values.items() if deep or name not in _DERIVED}
+    layers = {value for name, value in values.items() if name in LAYERS and isinstance(value, int)}
     for name, value in values.items():
         if isinstance(value, dict) and str(value.get("model_type")).startswith("timm_"):
             shrunk[name] = dict(_BACKBONE)  # timm need not be installed
@@ -124,11 +174,15 @@ def _shrunk(values: dict[str, Any], sizes: dict[str, int], deep: bool = False) -
         elif value is None and name in _FILLED and name in sizes:
             shrunk[name] = sizes[name]
         elif isinstance(value, list) and not (deep and name not in _TOKENS):
-            shrunk[name] = _shrunk_list(name, value, sizes)
+            shrunk[name] = _shrunk_list(name, value, sizes, layers)
     return shrunk
 
 
-def _shrunk_list(name: str, value: list[Any], sizes: dict[str, int]) -> Any:
+def _shrunk_list(name: str, value: list[Any], sizes: dict[str, int], layers: set[int]) -> Any:
+    if len(value) > _FEW and len(value) in layers:
+        other = next((item for item in value if item != value[0]), value[0])
+        size = sizes.get(name.removesuffix("_per_layer"))
+        return [min(item, size) if size and isinstance(item, int) else item for item in (value[0], other)]
     if name in _TOKENS:
         return sizes[name]
     if name in ("depths", "num_blocks", "depth"):
@@ -150,35 +204,68 @@ def _rotary_sections(rope: dict[str, Any], sizes: dict[str, int]) -> list[int]:
     return [half - 2 * (half // 4), half // 4, half // 4]
 
 
+def _picture(values: dict[str, Any]) -> int:
+    """The side of the largest picture in the configuration, or 0."""
+    sides = [0]
+    for name, value in values.items():
+        if isinstance(value, dict):
+            sides.append(_picture(value))
+        elif name == "image_size":
+            sides += [
+                side for side in (value if isinstance(value, list) else [value]) if isinstance(side, int)
+            ]
+    return max(sides)
+
+
+def _with_small_pictures(values: dict[str, Any], side: int) -> dict[str, Any]:
+    """Pictures by height and width, and the grids that they are reduced to, scaled alike."""
+    small = _SHALLOW["image_size"]
+
+    def scaled(value: Any) -> Any:
+        return [scaled(item) for item in value] if isinstance(value, list) else max(1, value * small // side)
+
+    return {
+        name: _with_small_pictures(value, side)
+        if isinstance(value, dict)
+        else scaled(value)
+        if side > small and isinstance(value, list) and name.endswith(("image_size", "feature_sizes"))
+        else value
+        for name, value in values.items()
+    }
+
+
 def _numbers(values: dict[str, Any]) -> Iterator[tuple[str, int]]:
     for name, value in values.items():
         if isinstance(value, dict) and "model_type" in value:
             yield from _numbers(value)
+        elif isinstance(value, list):
+            for item in value:
+                yield from _numbers({name: item})
         elif isinstance(value, int) and not isinstance(value, bool) and value > 0:
             yield name, value
 
 
-def _common_factor(values: dict[str, Any]) -> int:
-    """What all head counts and widths can be divided by, so that sizes per head stay and two heads remain."""
+def _common_factor(values: dict[str, Any], widths_alone: bool) -> int:
+    """What all widths can be divided by: with the head counts, of which two remain, or down to a gcd of 8."""
     numbers = list(_numbers(values))
     heads = [value for name, value in numbers if _HEAD_COUNT.search(name) and "key_value" not in name]
     widths = [value for name, value in numbers if _WIDTH.search(name)]
+    if widths_alone:
+        return math.gcd(*widths) // 8
     if not heads:
         return 1
     common = math.gcd(*heads, *widths)
     return max(n for n in range(1, common + 1) if common % n == 0 and (n == 1 or min(heads) // n >= 2))
 
 
-def _divided(values: dict[str, Any], factor: int) -> dict[str, Any]:
-    divided = dict(values)
-    for name, value in values.items():
+def _divided(values: dict[str, Any], factor: int, widths_alone: bool) -> dict[str, Any]:
+    def quotient(name: str, value: Any) -> Any:
         if isinstance(value, dict) and "model_type" in value:
-            divided[name] = _divided(value, factor)
-        elif (
-            isinstance(value, int)
-            and not isinstance(value, bool)
-            and value > 0
-            and (_HEAD_COUNT.search(name) or _WIDTH.search(name))
-        ):
-            divided[name] = max(1, value // factor)
-    return divided
+            return _divided(value, factor, widths_alone)
+        if isinstance(value, list):
+            return [quotient(name, item) for item in value]
+        divides = _WIDTH.search(name) or (_HEAD_COUNT.search(name) and not widths_alone)
+        whole = isinstance(value, int) and not isinstance(value, bool) and value > 0
+        return max(1, value // factor) if whole and divides else value
+
+    return {name: quotient(name, value) for name, value in values.items()}

@@ -1,0 +1,181 @@
+"""Models of transformers at tiny sizes, from a model type's configuration alone."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from modeprobe.probe.architectures import sizes as _sizes
+from modeprobe.probe.architectures.fitting import fitting
+
+MAX_PARAMETERS = 100_000_000
+_CLASSES = 3
+_FIELDS = 4
+
+# Parts for models that are composed of any two others, by a word in the composition's name or the part's.
+_PARTS = {"vision": "vit", "image": "vit", "speech": "wav2vec2", "audio": "wav2vec2"}
+
+
+class TooLargeError(Exception):
+    pass
+
+
+class NoClassError(Exception):
+    pass
+
+
+def configuration(model_type: str, complete: bool = False) -> Any:
+    """The default configuration. complete: with the parts that are left out of it by default."""
+    from transformers import AutoConfig
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    if complete:
+        config = configuration(model_type)
+        slots = getattr(config, "sub_configs", {})
+        left_out = [
+            name for name in slots if getattr(config, name, slots) is None and slots[name] is not AutoConfig
+        ]
+        return (
+            AutoConfig.for_model(model_type, **{name: slots[name]() for name in left_out})
+            if left_out
+            else config
+        )
+    try:
+        return AutoConfig.for_model(model_type)
+    except ValueError:
+        slots = getattr(CONFIG_MAPPING[model_type], "sub_configs", {})
+        if not slots:
+            raise
+    parts = {}
+    for index, slot in enumerate(slots):
+        words = f"{model_type} {slot}" if index == 0 else slot
+        kind = next((kind for word, kind in _PARTS.items() if word in words), "bert")
+        decodes = {"is_decoder": True, "add_cross_attention": True} if slot == "decoder" else {}
+        parts[slot] = AutoConfig.for_model(kind, **decodes).to_dict()
+    return AutoConfig.for_model(model_type, **parts)
+
+
+def models(config: Any, seed: int) -> Iterator[nn.Module | Exception]:
+    """Models at growing sizes, of each class that takes the configuration, or why there is none."""
+    too_large = False
+    for small in _configurations(config):
+        if isinstance(small, Exception):
+            yield small
+            continue
+        if small is config and too_large:
+            continue  # its shallow form was
+        try:
+            makers = list(_constructors(small))
+        except Exception as error:
+            yield error
+            return
+        for make in makers:
+            made = _made(make, small, seed)
+            yield made
+            too_large = isinstance(made, TooLargeError)
+            if too_large:
+                break
+
+
+def _configurations(config: Any) -> Iterator[Any]:
+    """Small ones, the smallest first; the configuration itself; then what can be built in between."""
+    original = config.to_dict()
+
+    def builds(values: dict[str, Any]) -> bool:
+        try:
+            small = type(config).from_dict(values)
+            _parameters(next(_constructors(small)), small)
+        except Exception:
+            return False
+        return True
+
+    def made(values: dict[str, Any]) -> Any:
+        try:
+            return type(config).from_dict(values)
+        except Exception as error:
+            return error
+
+    readings = list(_sizes.readings(original))
+    yield from map(made, readings)
+    yield config
+    filled = _sizes.filled(readings[0])
+    yield made(filled)
+    if builds(original):
+        for small in (readings[-2], filled):
+            yield from map(made, fitting(original, small, builds))
+
+
+def _made(make: Callable[[Any], nn.Module], config: Any, seed: int) -> nn.Module | Exception:
+    try:
+        count = _parameters(make, config)
+        if count > MAX_PARAMETERS:
+            return TooLargeError(f"{count:,} parameters at this size")
+        torch.manual_seed(seed)
+        return make(config)
+    except Exception as error:
+        return error
+
+
+def _parameters(make: Callable[[Any], nn.Module], config: Any, fields: int = _FIELDS) -> int:
+    """How many parameters the model will have; fields that it reads and its configuration lacks are added."""
+    try:
+        with torch.device("meta"):
+            return sum(parameter.numel() for parameter in make(config).parameters())
+    except AttributeError as error:
+        value = _sizes.usual(error.name or "")
+        lacking = [part for part in _tree(config) if type(part) is type(error.obj)]
+        if value is None or not lacking or not fields:
+            raise
+        for part in lacking:
+            setattr(part, error.name, value)
+    return _parameters(make, config, fields - 1)
+
+
+def _tree(config: Any) -> Iterator[Any]:
+    yield config
+    for value in vars(config).values():
+        if hasattr(value, "to_dict"):
+            yield from _tree(value)
+
+
+def _constructors(config: Any) -> Iterator[Callable[[Any], nn.Module]]:
+    import transformers
+    from transformers.models.auto import modeling_auto
+
+    names = ["AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModel"]
+    if getattr(config, "is_encoder_decoder", False):  # its causal model would be the decoder alone
+        names.append(names.pop(0))
+    found = []
+    for name in names:
+        auto = getattr(transformers, name)
+        if type(config) in auto._model_mapping:
+            found.append(auto._model_mapping[type(config)])
+            yield auto.from_config
+    for name, mapping in vars(modeling_auto).items():
+        if name.startswith("MODEL_FOR") and name.endswith("_MAPPING") and type(config) in mapping:
+            kind = mapping[type(config)]
+            kind = kind[0] if isinstance(kind, tuple) else kind
+            if kind not in found:
+                found.append(kind)
+                yield kind
+                if len(found) > _CLASSES:
+                    return
+    if found:
+        return
+    # Parts of larger models have no automatic class: look beside their configuration.
+    source = importlib.import_module(type(config).__module__.replace(".configuration_", ".modeling_"))
+    beside = [
+        kind
+        for kind in vars(source).values()
+        if isinstance(kind, type)
+        and issubclass(kind, transformers.PreTrainedModel)
+        and getattr(kind, "config_class", None) is type(config)
+        and not kind.__name__.endswith("PreTrainedModel")
+    ]
+    if not beside:
+        raise NoClassError(f"no model class for {type(config).__name__}")
+    yield beside[0]

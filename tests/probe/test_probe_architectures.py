@@ -1,0 +1,135 @@
+"""How tiny models of transformers are found: sizes, missing fields, parts of a whole, processors."""
+
+import pytest
+import torch
+from torch import nn
+
+pytestmark = pytest.mark.rung("reference")
+transformers = pytest.importorskip("transformers", reason="pip install 'modeprobe[probe]'")
+
+from modeprobe.probe.architectures import build, fitting, models, parts, processors, sizes  # noqa: E402
+
+
+class Part(transformers.PreTrainedConfig):
+    model_type = "modeprobe_test_part"
+    hidden_size = 512
+
+
+class Whole(transformers.PreTrainedConfig):
+    model_type = "modeprobe_test_whole"
+    sub_configs = {"part_config": Part}  # noqa: RUF012
+
+
+class Adding(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+
+    def forward(self, first, second=None, past_key_values=None, **others):
+        return first + second + others["third"]
+
+
+def test_a_part_gets_what_its_whole_passes_to_it():
+    class Holder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.config = Whole()
+            self.inner = Adding(Part())
+
+        def forward(self, x):
+            self.inner(x, second=x + 1, past_key_values=object(), third=x + 2)
+            return x.zero_()
+
+    holder = Holder()
+    [(part, arguments)] = parts.recorded(holder, {"x": torch.ones(2)}, Part)
+    assert part is holder.inner
+    expected = {"first": 1.0, "second": 2.0, "third": 3.0}
+    assert {name: value[0].item() for name, value in arguments.items()} == expected  # as they were before
+    assert not holder.inner._forward_pre_hooks
+
+
+def test_a_whole_is_found_beside_its_part(monkeypatch):
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    monkeypatch.setitem(CONFIG_MAPPING._extra_content, Whole.model_type, Whole)
+    assert list(parts.wholes(Part)) == [Whole.model_type]
+    assert list(parts.wholes(Whole)) == []
+
+
+def test_a_part_without_a_class_of_its_own_is_built(single_thread):
+    model, inputs = build("t5_gemma_module")
+    assert model.training
+    with torch.no_grad():
+        model.eval()(**inputs)
+
+
+def test_a_processor_makes_padded_patches_of_the_size_configured():
+    pytest.importorskip("PIL", reason="pip install pillow")
+    known = {"patch_size": 4, "num_patches": 16}
+    [made] = processors.processed("siglip2", lambda name, default: known.get(name, default), (8, 8))
+    assert made["pixel_values"].shape == (2, 16, 4 * 4 * 3)
+    assert made["pixel_attention_mask"].shape == (2, 16)
+    assert made["spatial_shapes"].shape == (2, 2)
+
+
+def test_a_processor_makes_features_of_sounds():
+    [made] = processors.processed("wav2vec2", lambda name, default: default, (8, 8))
+    assert {name: tuple(value.shape) for name, value in made.items()} == {"input_values": (2, 8000)}
+
+
+def test_sizes_that_are_refused_stay_and_the_rest_is_small():
+    part = {"model_type": "part", "num_layers": 9, "width": 640, "heads": 10}
+    values = {"model_type": "whole", "part": part, "width": 640, "vocab_size": 9000}
+    small = {"model_type": "whole", "part": {**part, "num_layers": 2, "width": 32, "heads": 3}, "width": 32}
+
+    def builds(tried):  # the widths must agree, and hold whole heads
+        inner = tried["part"]
+        return tried["width"] == inner["width"] and inner["width"] % inner["heads"] == 0
+
+    found = list(fitting.fitting(values, small, builds))
+    kept = {**part, "num_layers": 2}
+    assert found[0] == {"model_type": "whole", "part": kept, "width": 640}
+    assert [item["width"] for item in found] == [640, 160, 40]
+
+
+def test_fields_that_a_configuration_lacks_are_added():
+    class Model(nn.Linear):
+        def __init__(self, config):
+            super().__init__(config.hidden_size, config.part_config.num_key_value_heads)
+
+    config = Whole(part_config=Part(), hidden_size=3)
+    assert models._parameters(Model, config) == 3 * 2 + 2
+    assert config.part_config.num_key_value_heads == 2
+
+    class Odd(Model):
+        def __init__(self, config):
+            super().__init__(config)
+            config.no_such_field  # noqa: B018
+
+    with pytest.raises(AttributeError, match="no_such_field"):
+        models._parameters(Odd, config)
+
+
+def test_lists_by_layer_pictures_by_side_and_none_are_small():
+    values = {
+        "model_type": "x",
+        "num_hidden_layers": 6,
+        "layer_windows": [9, 9, 9, 7, 9, 9],
+        "num_key_value_heads_per_layer": [8, 8, 8, 8, 8, 8],
+        "image_size": [256, 128],
+        "backbone_feature_sizes": [[64, 32], [32, 16]],
+        "n_routed_experts": None,
+    }
+    small = next(sizes.readings(values))
+    assert small["layer_windows"] == [9, 7]
+    assert small["num_key_value_heads_per_layer"] == [2, 2]
+    assert small["image_size"] == [32, 16]
+    assert small["backbone_feature_sizes"] == [[8, 4], [4, 2]]
+    assert small["n_routed_experts"] is None
+    assert sizes.filled(small)["n_routed_experts"] == 4
+
+
+def test_widths_by_stage_are_divided_with_the_others():
+    stages = {"hidden_size": 96, "embed_dim_per_stage": [96, 192], "num_attention_heads": 1}
+    divided = [made for made in sizes.readings({"model_type": "x", **stages}) if made["hidden_size"] == 8]
+    assert [made["embed_dim_per_stage"] for made in divided] == [[8, 16]]
