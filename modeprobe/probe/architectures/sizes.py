@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 DEPTH = 2
+_NARROWEST = 24
 _FEW = 4  # lists that are longer and as long as there are layers have an entry for each
 
 # Widths are multiples of the head counts.
@@ -64,6 +65,8 @@ _SHALLOW = {
 PLACEHOLDERS = {"image": 60, "video": 61, "audio": 62}
 _PLACEHOLDER = re.compile(rf"^({'|'.join(PLACEHOLDERS)})_token_(id|index)$")
 _HEAD_SIZES = frozenset({"head_dim", "d_kv", "num_key_value_heads", "qk_rope_head_dim", "rotary_dim"})
+_PICTURE_GRIDS = ("image_size", "image_embedding_size", "feature_sizes")
+_PICTURE_SIZES = frozenset({"image_size", "patch_size"})
 # What follows from other fields, and would contradict them once those are small.
 _DERIVED = frozenset(
     """out_features out_indices stage_names _out_features _out_indices attention_layers
@@ -94,8 +97,8 @@ _TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id")
 _COMMON = re.compile(r"vocab_size|experts$")
 _HEAD_COUNT = re.compile(r"(^|_)(heads|n_head)$")
 _WIDTH = re.compile(
-    r"(^|_)((hidden|intermediate|embedding|embed|inner)_(size|dim)s?(_per_stage)?|channel_list|d_model|n_embd|d_ff"
-    r"|ffn_dim|mlp_dim)$"
+    r"(?<!image)(^|_)((hidden|intermediate|embedding|embed|inner)_(size|dim)s?(_per_stage)?|channel_list"
+    r"|output_channels|num_pos_feats|d_model|n_embd|d_ff|ffn_dim|mlp_dim)$"
 )
 _LAYER_INDICES = re.compile(r"(^|_)(indexes|indices|idxs|idx)$")
 
@@ -105,32 +108,30 @@ def readings(values: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
     Which sizes belong together is not written in a configuration, so several readings are offered.
     """
-    values = _with_small_pictures(values, _picture(values))
+    side, patch = _largest(values, "image_size"), _largest(values, "patch_size")
+    fine = _with_pictures(values, side, _SHALLOW["image_size"])
+    coarse = _with_pictures(
+        values, side, 4 * (patch or 16)
+    )  # for layers that follow from the size of a patch
     narrow = {**_SHALLOW, **_NARROW}
-    yield _shrunk(values, narrow)
-    yield _shrunk(values, {**narrow, "num_key_value_heads": narrow["num_attention_heads"]})
-    yield _shrunk(values, {name: size for name, size in narrow.items() if name not in _HEAD_SIZES})
-    yield _shrunk(values, {name: size for name, size in narrow.items() if name not in LAYERS}, deep=True)
-    coarse = {name: size for name, size in narrow.items() if name not in ("patch_size", "image_size")}
-    yield _with_patches_kept(_shrunk(values, coarse))
-    shallow = _shrunk(values, _SHALLOW)
-    for widths_alone in (False, True):
-        factor = _common_factor(shallow, widths_alone)
-        if factor > 1:
-            yield _divided(shallow, factor, widths_alone)
+    yield _shrunk(fine, narrow)
+    yield _shrunk(fine, {**narrow, "num_key_value_heads": narrow["num_attention_heads"]})
+    yield _shrunk(fine, _without(narrow, _HEAD_SIZES))
+    yield _shrunk(fine, _without(narrow, LAYERS), deep=True)
+    yield _shrunk(coarse, _without(narrow, _PICTURE_SIZES))
+    shallow = _shrunk(coarse, _without(_SHALLOW, _PICTURE_SIZES))
+    factor = _common_factor(shallow, widths_alone=True)
+    if factor > 1:
+        yield _divided(shallow, factor, widths_alone=True)
+    shallow = _shrunk(fine, _SHALLOW)
+    factor = _common_factor(shallow, widths_alone=False)
+    if factor > 1:
+        yield _divided(shallow, factor, widths_alone=False)
     yield shallow
 
 
-def _with_patches_kept(values: dict[str, Any]) -> dict[str, Any]:
-    """Pictures of four patches a side, for models whose other layers follow from the size of a patch."""
-    kept = {
-        name: _with_patches_kept(value) if isinstance(value, dict) else value
-        for name, value in values.items()
-    }
-    patch, side = values.get("patch_size"), values.get("image_size")
-    if isinstance(patch, int) and isinstance(side, int):
-        kept["image_size"] = min(side, 4 * patch)
-    return kept
+def _without(sizes: dict[str, int], names: Collection[str]) -> dict[str, int]:
+    return {name: size for name, size in sizes.items() if name not in names}
 
 
 def filled(values: dict[str, Any]) -> dict[str, Any]:
@@ -204,34 +205,33 @@ def _rotary_sections(rope: dict[str, Any], sizes: dict[str, int]) -> list[int]:
     return [half - 2 * (half // 4), half // 4, half // 4]
 
 
-def _picture(values: dict[str, Any]) -> int:
-    """The side of the largest picture in the configuration, or 0."""
-    sides = [0]
-    for name, value in values.items():
-        if isinstance(value, dict):
-            sides.append(_picture(value))
-        elif name == "image_size":
-            sides += [
-                side for side in (value if isinstance(value, list) else [value]) if isinstance(side, int)
-            ]
-    return max(sides)
+def _largest(values: dict[str, Any], name: str) -> int:
+    """The largest value of this field in the configuration and its parts, or 0."""
+    value = values.get(name)
+    found = [item for item in (value if isinstance(value, list) else [value]) if isinstance(item, int)]
+    parts = [part for part in values.values() if isinstance(part, dict)]
+    return max([0, *found, *(_largest(part, name) for part in parts)])
 
 
-def _with_small_pictures(values: dict[str, Any], side: int) -> dict[str, Any]:
-    """Pictures by height and width, and the grids that they are reduced to, scaled alike."""
-    small = _SHALLOW["image_size"]
+def _with_pictures(values: dict[str, Any], side: int, small: int) -> dict[str, Any]:
+    """Pictures, and the grids that they are reduced to, as small as this."""
 
     def scaled(value: Any) -> Any:
-        return [scaled(item) for item in value] if isinstance(value, list) else max(1, value * small // side)
+        if isinstance(value, list):
+            return [scaled(item) for item in value]
+        return max(1, value * small // side)
 
-    return {
-        name: _with_small_pictures(value, side)
-        if isinstance(value, dict)
-        else scaled(value)
-        if side > small and isinstance(value, list) and name.endswith(("image_size", "feature_sizes"))
-        else value
-        for name, value in values.items()
-    }
+    found = {}
+    for name, value in values.items():
+        if isinstance(value, dict) and "model_type" in value:
+            found[name] = _with_pictures(value, side, small)
+        elif name == "image_size" and isinstance(value, int):
+            found[name] = min(value, small)
+        elif name.endswith(_PICTURE_GRIDS) and isinstance(value, (int, list)) and side > small:
+            found[name] = scaled(value)
+        else:
+            found[name] = value
+    return found
 
 
 def _numbers(values: dict[str, Any]) -> Iterator[tuple[str, int]]:
@@ -246,16 +246,15 @@ def _numbers(values: dict[str, Any]) -> Iterator[tuple[str, int]]:
 
 
 def _common_factor(values: dict[str, Any], widths_alone: bool) -> int:
-    """What all widths can be divided by: with the head counts, of which two remain, or down to a gcd of 8."""
+    """What all widths can be divided by: with the head counts, of which two remain, or till one is narrow."""
     numbers = list(_numbers(values))
     heads = [value for name, value in numbers if _HEAD_COUNT.search(name) and "key_value" not in name]
     widths = [value for name, value in numbers if _WIDTH.search(name)]
-    if widths_alone:
-        return math.gcd(*widths) // 8
-    if not heads:
+    divided, remain = (widths, _NARROWEST) if widths_alone else (heads, 2)
+    if not divided:
         return 1
-    common = math.gcd(*heads, *widths)
-    return max(n for n in range(1, common + 1) if common % n == 0 and (n == 1 or min(heads) // n >= 2))
+    common = math.gcd(*widths) if widths_alone else math.gcd(*heads, *widths)
+    return max(n for n in range(1, common + 1) if common % n == 0 and (n == 1 or min(divided) // n >= remain))
 
 
 def _divided(values: dict[str, Any], factor: int, widths_alone: bool) -> dict[str, Any]:
