@@ -19,6 +19,7 @@ from modeprobe.probe.architectures.inputs import InputMaker
 from modeprobe.probe.quiet import quiet
 
 _REPAIRS = 4
+_SIZES = 2  # of a whole that runs, in search of a part that it calls
 _RUNS = 8  # of a model, until one runs in train mode too, or of a whole, until one reaches the part
 
 Found = tuple[nn.Module, dict[str, Any]]
@@ -120,10 +121,13 @@ def _as_part(model_type: str, seed: int) -> Iterator[Found]:
 
     kind = CONFIG_MAPPING[model_type]
     for whole in _parts.wholes(kind):
-        for model, inputs in itertools.islice(_running(whole, seed, _Tried(whole), complete=True), _RUNS):
-            for part, arguments in _parts.recorded(model, inputs, kind):
-                if _failure(part, arguments) is None:
-                    yield part, arguments
+        running = _running(whole, seed, _Tried(whole), complete=True)
+        sizes = itertools.groupby(running, key=lambda found: id(found[0]))
+        for _, same in itertools.islice(sizes, _SIZES):
+            for model, inputs in itertools.islice(same, _RUNS):
+                for part, arguments in _parts.recorded(model, inputs, kind):
+                    if _failure(part, arguments) is None:
+                        yield part, arguments
 
 
 def _accepted(model: nn.Module, failures: list[str]) -> Iterator[dict[str, Any]]:

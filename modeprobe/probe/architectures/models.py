@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -100,13 +101,26 @@ def _configurations(config: Any) -> Iterator[Any]:
             return error
 
     readings = list(_sizes.readings(original))
-    yield from map(made, readings)
+    yield from map(made, readings[:-1])
+    yield made(next(_sizes.readings(_given(config))))
+    yield made(readings[-1])
     yield config
     filled = _sizes.filled(readings[0])
     yield made(filled)
     if builds(original):
         for small in (readings[-2], filled):
             yield from map(made, fitting(original, small, builds))
+
+
+def _given(config: Any) -> dict[str, Any]:
+    """The configuration's values without those that it derives from others: None unless they are given."""
+    values = config.to_dict()
+    for field in dataclasses.fields(config) if dataclasses.is_dataclass(config) else ():
+        if hasattr(getattr(config, field.name, None), "to_dict"):
+            values[field.name] = _given(getattr(config, field.name))
+        elif field.default is None:
+            values.pop(field.name, None)
+    return values
 
 
 def _made(make: Callable[[Any], nn.Module], config: Any, seed: int) -> nn.Module | Exception:

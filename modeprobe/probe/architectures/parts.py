@@ -32,7 +32,10 @@ def wholes(kind: type) -> Iterator[str]:
 def recorded(
     whole: nn.Module, inputs: dict[str, Any], kind: type
 ) -> Iterator[tuple[nn.Module, dict[str, Any]]]:
-    """The modules in a running whole that have a configuration of this class, and the arguments they got."""
+    """The modules in a running whole that are built from a configuration of this class, the largest first.
+
+    With the arguments they got, by name.
+    """
     calls: list[tuple[nn.Module, dict[str, Any]]] = []
 
     def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -42,7 +45,7 @@ def recorded(
     hooks = [
         module.register_forward_pre_hook(record, with_kwargs=True)
         for module in whole.modules()
-        if module is not whole and type(getattr(module, "config", None)) is kind
+        if module is not whole and _stands_for(module, kind)
     ]
     try:
         with torch.no_grad():
@@ -50,7 +53,14 @@ def recorded(
     finally:
         for hook in hooks:
             hook.remove()
-    yield from calls
+    yield from sorted(calls, key=lambda call: -sum(p.numel() for p in call[0].parameters()))
+
+
+def _stands_for(module: nn.Module, kind: type) -> bool:
+    """Whether it holds a configuration of this class, or is declared to be built from one."""
+    declared = inspect.signature(type(module).__init__).parameters.get("config")
+    built_from = declared is not None and declared.annotation in (kind, kind.__name__)
+    return built_from or type(getattr(module, "config", None)) is kind
 
 
 def _named(bound: inspect.BoundArguments) -> dict[str, Any]:
