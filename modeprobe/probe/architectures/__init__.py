@@ -50,7 +50,7 @@ def build(model_type: str, seed: int = 0) -> tuple[nn.Module, dict[str, Any]]:
         raise ArchitectureError(f"unknown model type {model_type!r} in the installed transformers{hint}")
     tried = _Tried(model_type)
     with quiet():
-        found = _first(_running(model_type, seed, tried)) or _first(_as_part(model_type, seed))
+        found = _first(_running(model_type, seed, tried)) or _first(_as_part(model_type, seed, tried))
     if found is None:
         raise ArchitectureError(str(tried))
     model, inputs = found
@@ -75,6 +75,7 @@ class _Tried:
         self.ran = False
         self.instead = ""
         self.reasons: list[str] = []
+        self.wholes: list[str] = []
 
     def __str__(self) -> str:
         if self.instead:
@@ -84,7 +85,7 @@ class _Tried:
             if self.ran
             else "could not be built from its configuration"
         )
-        reasons = "\n  ".join(list(dict.fromkeys(self.reasons))[:4])
+        reasons = "\n  ".join([*list(dict.fromkeys(self.reasons))[:4], *self.wholes])
         return (
             f"a tiny {self.model_type} {what}:\n  {reasons}\n"
             "Probe it by package.module:factory and --input instead, "
@@ -115,19 +116,22 @@ def _running(model_type: str, seed: int, tried: _Tried, complete: bool = False) 
             tried.reasons.append(f"{type(model).__name__}.forward() does not say what it takes")
 
 
-def _as_part(model_type: str, seed: int) -> Iterator[Found]:
+def _as_part(model_type: str, seed: int, tried: _Tried) -> Iterator[Found]:
     """The module of this type in a model that holds one, with the arguments that it gets there."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     kind = CONFIG_MAPPING[model_type]
     for whole in _parts.wholes(kind):
+        ran = False
         running = _running(whole, seed, _Tried(whole), complete=True)
         sizes = itertools.groupby(running, key=lambda found: id(found[0]))
         for _, same in itertools.islice(sizes, _SIZES):
             for model, inputs in itertools.islice(same, _RUNS):
+                ran = True
                 for part, arguments in _parts.recorded(model, inputs, kind):
                     if _failure(part, arguments) is None:
                         yield part, arguments
+        tried.wholes.append(f"{whole}, which holds it, {'runs without it' if ran else 'does not run either'}")
 
 
 def _accepted(model: nn.Module, failures: list[str]) -> Iterator[dict[str, Any]]:
