@@ -69,8 +69,7 @@ def dropout(
         ValueError, TypeError: an argument is not as above, or ``input`` is a DTensor: give ``to_local()``.
         RuntimeError: the selected backend cannot run on this device.
     """
-    plain = type(input) is Tensor
-    if not plain and has_torch_function_unary(input):
+    if has_torch_function_unary(input):
         return handle_torch_function(
             dropout,
             (input,),
@@ -86,7 +85,7 @@ def dropout(
     # The commonest call first, and written out: a tensor of 16 elements feels every call of a function.
     if (
         training
-        and plain
+        and type(input) is Tensor
         and key is None
         and mask_shape is None
         and not (inplace or offset)

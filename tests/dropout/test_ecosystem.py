@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -340,6 +341,16 @@ class Named(torch.Tensor):
         return super().__torch_function__(function, types, args, kwargs or {})
 
 
+class Watch(TorchFunctionMode):
+    def __init__(self):
+        super().__init__()
+        self.called = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        self.called.append(function)
+        return function(*args, **(kwargs or {}))
+
+
 CALLS = {  # each with other arguments, and one by keyword
     "dropout": lambda x: F.dropout(x, 0.5, key=KEY),
     "dropout1d": lambda x: F.dropout1d(x, 0.5, key=KEY),
@@ -354,12 +365,15 @@ CALLS = {  # each with other arguments, and one by keyword
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_tensor_subclasses_and_tracers_are_asked(name):
+def test_subclasses_modes_and_tracers_are_asked(name):
     x = torch.randn(6, 5, 4)
     expected = CALLS[name](x)
     y = CALLS[name](x.as_subclass(Named))
     assert Named.called is getattr(F, name)
     assert torch.equal(y.as_subclass(torch.Tensor), expected)
+    with Watch() as watch:
+        CALLS[name](x)
+    assert getattr(F, name) in watch.called
     traced = torch.fx.symbolic_trace(CALLS[name])
     assert getattr(F, name) in [node.target for node in traced.graph.nodes]
     assert torch.equal(traced(x), expected)
