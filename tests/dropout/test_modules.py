@@ -102,6 +102,14 @@ def test_p_and_mode_may_change(pair):
 
 
 @pytest.mark.filterwarnings("ignore:dropout")
+def test_the_probe_reads_them_as_it_reads_torchs(pair):
+    x = torch.randn(3, 5, 4)
+    reports = [mp.probe(torch.nn.Sequential(torch.nn.Linear(4, 4), cls(0.5)), x) for cls in pair]
+    ours, theirs = ([(site.what, site.p, site.cause) for site in report.sites] for report in reports)
+    assert ours == theirs
+
+
+@pytest.mark.filterwarnings("ignore:dropout")
 def test_in_place_as_in_torch(pair):
     for cls in pair:
         x = torch.rand(50, 40, 2) + 1
