@@ -102,6 +102,14 @@ def test_pending_nonfinite():
     layer(bad)
     layer.commit()
     assert layer.running_mean.isnan().tolist() == [False, True, False, False]
+    for momentum in (1.0, None):  # a factor of 1 assigns
+        layer, whole = (mp.nn.BatchNorm1d(4, momentum=momentum, statistics=s) for s in ("pending", "ema"))
+        layer.running_mean.fill_(torch.nan)
+        layer.running_var.fill_(torch.nan)
+        layer(good)
+        layer.commit()
+        whole(good)
+        torch.testing.assert_close(dict(layer.state_dict()), dict(whole.state_dict()))
 
 
 def test_pending_counts_a_checkpointed_batch_once():

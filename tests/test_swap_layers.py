@@ -240,6 +240,11 @@ def hooked(module):
     return module
 
 
+def overridden(module):
+    module.forward = module.forward  # on the instance, as accelerate's hooks do
+    return module
+
+
 SHARED = nn.ReLU()
 
 
@@ -253,6 +258,7 @@ SHARED = nn.ReLU()
         "a hook on the activation": ([nn.BatchNorm1d(4), hooked(nn.ReLU())], ()),
         "a hook on the dropout": ([nn.BatchNorm1d(4), nn.ReLU(), hooked(nn.Dropout())], (("0", "1"),)),
         "a shared activation": ([nn.BatchNorm1d(4), SHARED, nn.Linear(4, 4), SHARED], ()),
+        "a forward of its own": ([nn.BatchNorm1d(4), overridden(nn.ReLU())], ()),
         "channel dropout": ([nn.BatchNorm1d(4), nn.ReLU(), nn.Dropout1d()], (("0", "1"),)),
         "dropout alone": ([nn.BatchNorm1d(4), nn.Dropout()], ()),
     }.values(),
@@ -273,6 +279,7 @@ def test_a_container_with_its_own_forward_is_not_fused():
             return self[0](self[1](x))
 
     assert mp.swap(Backwards(nn.BatchNorm1d(4), nn.ReLU()), fuse=True).fused == ()
+    assert mp.swap(overridden(nn.Sequential(nn.BatchNorm1d(4), nn.ReLU())), fuse=True).fused == ()
 
 
 def test_a_swapped_model_compiles_into_one_graph():

@@ -31,7 +31,7 @@ class _BatchNorm(StatisticsPolicy, nn.modules.batchnorm._BatchNorm):
     nonfinite = "propagate"
     float32_buffers = True
     # This layer and those that swap(fuse=True) folded into it; not submodules, so in a plain sequence.
-    fused_run: Sequence[nn.Module] = ()
+    fused_run: Sequence[Any] = ()
     backend: str | None = None
 
     def __init__(

@@ -7,6 +7,7 @@ while there are hooks, which see what is between the layers, each layer does its
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor, nn
 from torch.fx import Proxy
@@ -28,7 +29,7 @@ def in_one_pass(run: Sequence[nn.Module]) -> bool:
 
 class _Folded(nn.Module):
     # BatchNorm, activation and perhaps Dropout; not submodules, so in a plain sequence.
-    fused_run: Sequence[nn.Module] = ()
+    fused_run: Sequence[Any] = ()
 
     def forward(self, input: Tensor) -> Tensor:
         if isinstance(input, Proxy):

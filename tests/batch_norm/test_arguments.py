@@ -45,6 +45,41 @@ def test_bad_arguments(error, match, arguments, name):
     assert torch.equal(ONES, torch.ones(3))
 
 
+@pytest.mark.parametrize(
+    ("match", "options"),
+    [
+        ("num_batches_tracked must be one int64", {"num_batches_tracked": torch.zeros(())}),
+        ("skipped_batches must be one int64", {"skipped_batches": torch.zeros(2, dtype=torch.int64)}),
+        ("residual must have shape, dtype and device", {"residual": X.double()}),
+        ("residual must have shape, dtype and device", {"residual": X.to("meta")}),
+        ("key must be", {"dropout_p": 0.5, "key": torch.zeros(2)}),
+        ("key must be on the input's device", {"dropout_p": 0.5, "key": mp.mask.key(1).to("meta")}),
+    ],
+)
+def test_bad_options(match, options):
+    with pytest.raises((ValueError, TypeError), match=match):
+        MF.batch_norm(X, None, None, training=True, **options)
+
+
+def test_tensor_subclasses_are_given_the_call():
+    class Seen(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, function, types, args=(), kwargs=None):
+            return function, args, kwargs
+
+    x = torch.Tensor._make_subclass(Seen, X)
+    options = {"activation": "leaky_relu", "negative_slope": 0.5, "residual": X, "dropout_p": 0.1}
+    options |= {
+        "key": ONES,
+        "num_batches_tracked": ONES,
+        "skipped_batches": ONES,
+        "weight": ONES,
+        "bias": ONES,
+    }
+    options |= {"training": True, "momentum": None, "eps": 1e-3}
+    assert MF.batch_norm(x, ONES, None, **options) == (MF.batch_norm, (x, ONES, None), options)
+
+
 def test_bad_module_input():
     for ours, theirs in (
         (mp.nn.BatchNorm1d(3), torch.nn.BatchNorm1d(3)),

@@ -150,6 +150,18 @@ def test_frozen_evaluation_saves_no_input(activation):
     assert x.grad is not None
 
 
+@pytest.mark.parametrize("activation", [None, "relu", "silu"])
+def test_gradient_of_the_residual_alone(activation):
+    residual = sample((4, 3, 8, 8)).requires_grad_()
+    MF.batch_norm(
+        sample((4, 3, 8, 8), seed=1), None, None, training=True, activation=activation, residual=residual
+    ).sum().backward()
+    z = F.batch_norm(sample((4, 3, 8, 8), seed=1), None, None, training=True) + residual.detach()
+    z.requires_grad_()
+    ACTIVATIONS[activation](z).sum().backward()
+    torch.testing.assert_close(residual.grad, z.grad)
+
+
 def test_nan_passes_the_rectifier():
     x = torch.tensor([[float("nan")], [-1.0], [2.0]])
     y = MF.batch_norm(x, torch.zeros(1), torch.ones(1), activation="relu", eps=0.0)

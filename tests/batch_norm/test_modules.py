@@ -80,6 +80,20 @@ def test_flipped_tracking():
     torch.testing.assert_close(ours.eval()(x), theirs.eval()(x))
 
 
+def test_without_a_counter_or_tracking():
+    ours, theirs = pair(momentum=None)
+    x = sample(DIMENSIONS[2])
+    for module in (ours, theirs):
+        module.num_batches_tracked = None
+        module(x)
+    assert_same_state(ours, theirs)
+    MF.batch_norm(x, None, None, training=True, momentum=None)
+    skipping = mp.nn.BatchNorm2d(5, nonfinite="skip")
+    skipping.track_running_stats = False
+    skipping(x * torch.nan)
+    assert skipping.skipped_batches == 0
+
+
 def test_missing_bias():
     bn = mp.nn.BatchNorm2d(5, bias=False)
     assert bn.bias is None
