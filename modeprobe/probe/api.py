@@ -11,7 +11,7 @@ from torch.nn.parameter import is_lazy
 
 from modeprobe.probe.attribute import Attributor, Located
 from modeprobe.probe.call import Call
-from modeprobe.probe.generation import compare_generation
+from modeprobe.probe.generation import GENERATION_PASSES, compare_generation, generates
 from modeprobe.probe.judge import judge
 from modeprobe.probe.leaves import Comparison
 from modeprobe.probe.observe import Observation, observe
@@ -19,6 +19,8 @@ from modeprobe.probe.progress import Progress
 from modeprobe.probe.randomness import preserved
 from modeprobe.probe.report import Report
 from modeprobe.probe.workbench import Workbench
+
+_PASSES = 25
 
 
 def probe(
@@ -46,7 +48,7 @@ def probe(
         gradients: also compare gradients with respect to the parameters, of the output named "loss" where
             there is one, else of the sum of the floating outputs.
         generate: compare greedy `model.generate(...)` in both modes; None does so where the model has such a
-            method and takes `input_ids`.
+            method, takes `input_ids` and is not random in training.
         loader: batches of data, for models with BatchNorm: also compare the running statistics with exact
             ones over them, as `mp.drift(model, loader)` does, in `report.drift`.
         progress: show progress on standard error; None shows it once the probe has run for two seconds.
@@ -76,9 +78,13 @@ def probe(
         mutated = frozenset(name for run in seen.runs for name in run.mutated)
         attributor = Attributor(bench, call, seen.seed, mutated, show)
         attributor.trace()
+        if generate is None and seen.is_random(True):
+            generate = False  # by chance the texts differ anyway
+        reserved = GENERATION_PASSES if generates(bench, call, generate) else 0
+        call.limit = _PASSES + 2 * len(attributor.found.readers) - reserved
         if all(run.phase not in ("train()", "eval()") for run in seen.runs):
             _attribute(attributor, seen, call)
-        generation = compare_generation(bench, call, generate, show)
+        generation = compare_generation(bench, call, show) if reserved else None
         report = judge(bench, seen, attributor.found, generation)
     report.forwards = call.forwards
     report.seconds = time.monotonic() - start
@@ -94,8 +100,7 @@ def _attribute(attributor: Attributor, seen: Observation, call: Call) -> None:
         attributor.locate_without_values()
         return
     findings, explained = attributor.replay()
-    budget = 20 + 2 * len(attributor.found.readers)
-    reach = attributor.locate(findings, explained, budget, seen.is_random(False))
+    reach = attributor.locate(findings, explained, seen.is_random(False))
     found = attributor.found
     if seen.effect is not None and not seen.is_reproducible(False):
         # Equal seeds say nothing about a model that ignores them: take runs seeded call by call instead.
@@ -114,7 +119,7 @@ def _attribute(attributor: Attributor, seen: Observation, call: Call) -> None:
         return
     if reached:
         comparable = seen.is_reproducible(False) and all(item.finding.owners for item in reached)
-        if comparable and call.forwards < budget and reach.kept_elsewhere():
+        if comparable and call.left >= 5 and reach.kept_elsewhere():
             found.located += [Located(finding, Comparison((), 0)) for finding in attributor.bisect(False)]
     elif found.located:
         found.notes.append("effects were found at modules but not followed to the outputs")

@@ -123,7 +123,7 @@ class Attributor:
                 {module: flag_of(module) for module in modules.values()},
                 {id(t) for name, t in named_tensors(lent.model).items() if name in self.mutated},
                 self.draws,
-                self.call.count,
+                self.call,
                 self.below,
                 lent.twins(),
             )
@@ -166,7 +166,7 @@ class Attributor:
                 self.found.notes.append(f"replay in train mode: {told(error)}")
         return findings, explained
 
-    def locate(self, findings: list[Finding], explained: set, budget: int, eval_is_random: bool) -> Reach:
+    def locate(self, findings: list[Finding], explained: set, eval_is_random: bool) -> Reach:
         train, evaluation = self.found.traces[True], self.found.traces[False]
         reach = Reach(
             self.bench, self.call, {True: train.flags, False: evaluation.flags}, self.draws, self.below
@@ -189,7 +189,7 @@ class Attributor:
             if id(finding) in assumed:
                 continue
             self.tick(f"following effects to the outputs ({index + 1} of {len(findings)})")
-            if self.call.forwards >= budget:
+            if self.call.left <= 5:  # one finding takes six passes at most
                 self.found.notes.append("some local effects were not followed to the outputs (cost limit)")
                 rest = [f for f in findings[index:] if id(f) not in assumed]
                 self.found.located += [Located(f, Comparison((), 0)) for f in rest]
@@ -201,21 +201,21 @@ class Attributor:
             for finding in members:
                 if id(finding) in assumed:
                     self.found.located.append(Located(finding, reached[0] if reached else None))
-        self._check_masks(reach, budget)
+        self._check_masks(reach)
         order = {path: index for index, path in enumerate(train.calls)}
         self.found.located.sort(key=lambda item: order.get(item.finding.path, -1))
         if eval_is_random:
-            self._ungated(reach, budget)
+            self._ungated(reach)
         return reach
 
-    def _check_masks(self, reach: Reach, budget: int) -> None:
+    def _check_masks(self, reach: Reach) -> None:
         """Masks along another axis than the first drop samples only if each value acts on one sample."""
         known: dict[tuple, bool] = {}
         for finding in (item.finding for item in self.found.located if item.change is not None):
             events = [event for group in finding.events.values() for event in group]
             if finding.cause == "stochastic_depth" and any(mask_axis(event) for event in events):
                 alike = tuple((key.place, key.at) for key in finding.events)
-                if alike not in known and self.call.forwards < budget:
+                if alike not in known and self.call.left >= 2:
                     known[alike] = reach.one_sample_each(finding)
                 if not known.get(alike, True):
                     finding.cause = "random_noise"
@@ -242,7 +242,7 @@ class Attributor:
             lent.model.train()
             paths = [path for path in self.found.traces[True].calls if "<" not in path]
             twins = lent.twins()
-            setting = Setting({}, set(twins), self.draws, self.call.count, twins=twins)
+            setting = Setting({}, set(twins), self.draws, self.call, twins=twins)
 
             def visit(
                 tracer: Tracer, path: str, module: nn.Module, run: Callable[[], Any], arguments: Any
@@ -274,11 +274,11 @@ class Attributor:
             for path in smallest
         ]
 
-    def _ungated(self, reach: Reach, budget: int) -> None:
+    def _ungated(self, reach: Reach) -> None:
         for key, events in self.found.traces[False].active().items():
             if key.kind == "statistics" or key.kind == "reseed":
                 continue
-            if self.call.forwards >= budget or reach.of_draws(False, frozenset({key})):
+            if self.call.left < 2 or reach.of_draws(False, frozenset({key})):
                 self.found.ungated[key] = events
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,6 +27,12 @@ class Call:
     gradients: bool = False
     grad_enabled: bool = False
     forwards: int = 0
+    limit: int = sys.maxsize
+
+    @property
+    def left(self) -> int:
+        """How many more passes through the whole model the promised cost allows."""
+        return self.limit - self.forwards
 
     def count(self) -> None:
         """One more pass through the whole model."""

@@ -25,7 +25,7 @@ def leaves_out_layers(runs: Sequence[Variant], steady: Variant, path: str) -> bo
     No layer may run more often, or on more rows, than in `steady`: noise at a router moves rows from one
     expert to another. Runs of the same layers must agree: a draw that leaves out layers does nothing else.
     """
-    everything = steady.trace
+    everything, by_sample = steady.trace, False
     for run in runs:
         more = run.trace.calls - everything.calls or run.trace.rows - everything.rows
         fewer = [
@@ -35,13 +35,11 @@ def leaves_out_layers(runs: Sequence[Variant], steady: Variant, path: str) -> bo
         ]
         if more or (fewer and not _by_sample(fewer, run, steady, path)):
             return False
-        if fewer:
-            return True
-    return any(run.trace.calls != everything.calls for run in runs) and all(
-        not compare(a.leaves, b.leaves).differs
-        for a, b in combinations(runs, 2)
-        if a.trace.calls == b.trace.calls
-    )
+        by_sample = by_sample or bool(fewer)
+    if by_sample or all(run.trace.calls == everything.calls for run in runs):
+        return by_sample
+    same_layers = ((a, b) for a, b in combinations(runs, 2) if a.trace.calls == b.trace.calls)
+    return not any(compare(a.leaves, b.leaves).differs for a, b in same_layers)
 
 
 def _by_sample(fewer: list[str], run: Variant, steady: Variant, path: str) -> bool:

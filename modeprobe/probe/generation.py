@@ -18,6 +18,7 @@ from modeprobe.probe.trace import Tracer
 from modeprobe.probe.workbench import Workbench
 
 _NEW_TOKENS = 4
+GENERATION_PASSES = 2 * _NEW_TOKENS
 
 
 @dataclass
@@ -32,16 +33,16 @@ class Generation:
     checkpointing: list[str] = field(default_factory=list)
 
 
-def compare_generation(
-    bench: Workbench, call: Call, wanted: bool | None, tick: Callable[[str], None]
-) -> Generation | None:
-    """Compare `model.generate(...)` for a few tokens in train and eval mode; None when not applicable."""
+def generates(bench: Workbench, call: Call, wanted: bool | None) -> bool:
+    """Whether text is to be compared. None: where the first input may be tokens."""
     if wanted is False or call.step is not None or not callable(getattr(bench.model, "generate", None)):
-        return None
-    if wanted is None and not isinstance(
-        call.kwargs.get("input_ids", call.args[0] if call.args else None), torch.Tensor
-    ):
-        return None
+        return False
+    first = call.kwargs.get("input_ids", call.args[0] if call.args else None)
+    return wanted is True or isinstance(first, torch.Tensor)
+
+
+def compare_generation(bench: Workbench, call: Call, tick: Callable[[str], None]) -> Generation:
+    """Compare `model.generate(...)` for a few tokens in train and eval mode."""
     tick("comparing generated text")
     outputs: list[dict[str, Any]] = []
     traces: list[Tracer] = []

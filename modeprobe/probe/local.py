@@ -101,9 +101,15 @@ class LocalJudge:
         return found
 
     def _unseen_draws(self) -> list[Finding]:
-        more = [self.bench.variant(True, silent=self.silent, salt=salt) for salt in _MORE_SALTS]
-        self.redrawn += more
-        variants = [self.quiet, *more]
+        variants = [
+            self.quiet,
+            *(
+                self.bench.variant(True, silent=self.silent, salt=salt)
+                for salt in _MORE_SALTS
+                if not self.bench.exhausted
+            ),
+        ]
+        self.redrawn += variants
         changes = [differs(v, self.steady, exact=True) for v in variants]
         change = next((c for c in changes if c), None)
         if change is None:
@@ -164,6 +170,8 @@ class LocalJudge:
             return forced
         runs, change = [self.quiet], None
         for salt in _MORE_SALTS:
+            if self.bench.exhausted:
+                break
             runs.append(self._redrawn(events, salt))
             change = change or differs(runs[-1], self.quiet, exact=True)
             self.redrawn.append(runs[-1])

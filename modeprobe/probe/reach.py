@@ -20,7 +20,7 @@ from modeprobe.probe.trace import Control, Tracer
 from modeprobe.probe.workbench import Workbench
 
 _SALT = 11
-_MORE = 4
+_MORE = 2
 
 
 @dataclass

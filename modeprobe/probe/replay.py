@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from modeprobe.probe.call import told, without_frames
+from modeprobe.probe.call import Call, told, without_frames
 from modeprobe.probe.events import Key, Trace
 from modeprobe.probe.instrument import flag_of, set_flag
 from modeprobe.probe.leaves import drained, flatten
@@ -48,15 +48,17 @@ class Variant:
 
 @dataclass
 class Setting:
-    """What all replays of one pass share: the scratch model's eval flags by module, tensors that its forward
-    writes to (by id), names of functions found to draw, a counter of passes through the whole model, whether
-    operators below Python are to be watched, and the values that its tensors started with (by id).
+    """What all replays of one pass share.
+
+    eval_flags: of the scratch model, by module. mutable: tensors that its forward writes to (by id).
+    draws: names of functions found to draw. call: counts passes through the whole model. below: whether
+    operators below Python are to be watched. twins: the values that its tensors started with (by id).
     """
 
     eval_flags: dict[nn.Module, bool]
     mutable: set[int]
     draws: set[str]
-    whole: Callable[[], None] = lambda: None
+    call: Call
     below: bool = False
     twins: Mapping[int, Tensor] = field(default_factory=dict)
 
@@ -84,6 +86,15 @@ class ReplayBench:
         self.snapshot = Snapshot(roots, keep, setting.twins)
         self.state = RandomState()
 
+    @property
+    def is_whole(self) -> bool:
+        return self.module is self.tracer.model
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether more runs would leave too few passes to follow what was found."""
+        return self.is_whole and self.setting.call.left <= 8
+
     def variant(
         self,
         flipped: bool,
@@ -107,8 +118,8 @@ class ReplayBench:
         tracer = Tracer(
             self.tracer.model, control, functions, below=functions and self.setting.below, like=self.tracer
         )
-        if self.module is self.tracer.model:
-            self.setting.whole()
+        if self.is_whole:
+            self.setting.call.count()
         private = [generator_state(g) for g in self.generators]
         with preserved(), self._flags(flipped):
             self.state.restore()
@@ -147,8 +158,8 @@ class ReplayBench:
 
         flags: False takes the flags back to eval mode afterwards, so that only a mode kept elsewhere counts.
         """
-        if self.module is self.tracer.model:
-            self.setting.whole()
+        if self.is_whole:
+            self.setting.call.count()
         with preserved():
             self.state.restore()
             try:

@@ -1,10 +1,12 @@
 """The user's model and random states are afterwards what they were, whatever the model does."""
 
 import random
+from collections import OrderedDict
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -128,6 +130,87 @@ def test_model_that_cannot_be_copied():
     assert any("put back" in note for note in report.notes)
 
 
+def test_what_a_model_holds_is_put_back_where_it_cannot_be_copied():
+    class Record:
+        __slots__ = ("count", "values")
+
+        def __init__(self):
+            self.count, self.values = 0, torch.zeros(2)
+
+    class Holder(nn.Module):
+        __slots__ = ("cache",)  # which a deep copy of a module leaves out
+
+        def __init__(self):
+            super().__init__()
+            self.drop, self.record, self.cache = nn.Dropout(0.5), Record(), torch.zeros(2)
+            self.order, self.bytes = OrderedDict(a=1), bytearray(b"a")
+
+        def forward(self, x):
+            self.record.count += 1
+            self.record.values += 1
+            self.cache = self.cache + 1
+            self.order["b"] = 2
+            self.bytes.append(3)
+            return self.drop(x)
+
+    model = Holder()
+    assert mp.probe(model, torch.randn(4, 6)).causes == {"module_dropout"}
+    assert (model.record.count, model.bytes, list(model.order.items())) == (0, b"a", [("a", 1)])
+    assert torch.equal(torch.cat([model.record.values, model.cache]), torch.zeros(4))
+
+
+def test_interrupted_from_the_keyboard():
+    class Interrupted(nn.Module):
+        def __init__(self, copyable):
+            super().__init__()
+            self.lin, self.lines = nn.Linear(6, 6), [] if copyable else (line for line in [])
+
+        def forward(self, x):
+            self.lin.weight.data.mul_(2)
+            calls.append(1)
+            if len(calls) == 11:
+                raise KeyboardInterrupt
+            return x * 2 if self.training else x
+
+    for copyable in (True, False):
+        model, calls = Interrupted(copyable), []
+        before = fingerprint(model)
+        with pytest.raises(KeyboardInterrupt):
+            mp.probe(model, torch.randn(4, 6))
+        same(before, fingerprint(model))
+        assert "training" not in nn.Module.__dict__
+
+
+def test_train_that_raises():
+    class EvalOnly(nn.Module):
+        def train(self, mode=True):
+            if mode:
+                raise NotImplementedError("in eval mode only")
+            return super().train(mode)
+
+        def forward(self, x):
+            return x
+
+    model = EvalOnly()
+    report = mp.probe(model, torch.randn(4, 6))
+    assert [(f.mode, f.phase, f.error) for f in report.failures] == [
+        ("train", "train()", "NotImplementedError: in eval mode only")
+    ]
+    assert "runs in eval mode only" in report.verdict
+
+
+def test_error_without_text():
+    class Silent(Exception):
+        def __str__(self):
+            raise RuntimeError
+
+    class Model(nn.Module):
+        def forward(self, x):
+            raise Silent
+
+    assert {failure.error for failure in mp.probe(Model(), torch.ones(1)).failures} == {"Silent"}
+
+
 def test_mixed_modes_are_told():
     model = nn.Sequential(nn.BatchNorm1d(6), nn.Linear(6, 6)).train()
     model[0].eval()
@@ -197,6 +280,43 @@ def test_cost(layers):
     assert report.readers == 2 * layers + 1
     assert len(calls) <= 25 + 2 * report.readers
     assert report.causes == {"batch_statistics", "module_dropout", "branch"}
+
+
+def draws_without_effect(x):
+    torch.randn(3), random.random(), torch.rand(()), captured_random(), x * (torch.rand(4, 1) < 0.5)
+    return x
+
+
+def many_effects(x):
+    x = F.dropout(x + random.random(), 0.1) * (torch.rand(4, 1) < 0.8)
+    return F.scaled_dot_product_attention(x, x, x, dropout_p=0.1) + captured_random()
+
+
+captured_random = random.Random.random.__get__(random._inst)  # as after `from random import random`
+
+
+@pytest.mark.parametrize("in_training", [draws_without_effect, many_effects, lambda x: x * 1.5])
+def test_cost_of_a_model_that_is_its_only_reader(in_training):
+    class Counted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.table = nn.BatchNorm1d(6), nn.Embedding(8, 6)
+
+        def forward(self, input_ids):
+            calls.append(1)
+            x = self.table(input_ids)
+            return self.norm(in_training(x) if self.training else x)
+
+        def generate(self, input_ids, max_new_tokens, **options):
+            for _ in range(max_new_tokens):
+                input_ids = self(input_ids).argmax(-1)
+            return input_ids
+
+    calls = []
+    report = mp.probe(Counted().eval(), torch.arange(4))
+    assert report.readers == 2
+    assert len(calls) <= 25 + 2 * report.readers
+    assert "batch_statistics" in report.causes
 
 
 def test_progress_appears_after_two_seconds(monkeypatch, capsys):
