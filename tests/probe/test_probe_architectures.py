@@ -131,5 +131,5 @@ def test_lists_by_layer_pictures_by_side_and_none_are_small():
 
 def test_widths_by_stage_are_divided_with_the_others():
     stages = {"hidden_size": 96, "embed_dim_per_stage": [96, 192], "num_attention_heads": 1}
-    divided = [made for made in sizes.readings({"model_type": "x", **stages}) if made["hidden_size"] == 8]
-    assert [made["embed_dim_per_stage"] for made in divided] == [[8, 16]]
+    divided = [made for made in sizes.readings({"model_type": "x", **stages}) if made["hidden_size"] == 24]
+    assert [made["embed_dim_per_stage"] for made in divided] == [[24, 48]]
