@@ -50,7 +50,7 @@ def _differing(values: Values, small: Values) -> Iterator[_Path]:
 
 def _mixed(values: Values, small: Values, paths: set[_Path], before: _Path = ()) -> Values:
     """The values, but the small ones at these paths."""
-    mixed = {}
+    mixed: Values = {}
     for name, value in values.items():
         path = (*before, name)
         other = small.get(name)

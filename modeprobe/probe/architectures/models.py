@@ -140,12 +140,13 @@ def _parameters(make: Callable[[Any], nn.Module], config: Any, fields: int = _FI
         with torch.device("meta"):
             return sum(parameter.numel() for parameter in make(config).parameters())
     except AttributeError as error:
-        value = _sizes.usual(error.name or "")
+        name = error.name or ""
+        value = _sizes.usual(name)
         lacking = [part for part in _tree(config) if type(part) is type(error.obj)]
         if value is None or not lacking or not fields:
             raise
         for part in lacking:
-            setattr(part, error.name, value)
+            setattr(part, name, value)
     return _parameters(make, config, fields - 1)
 
 

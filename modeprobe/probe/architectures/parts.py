@@ -25,8 +25,9 @@ def wholes(kind: type) -> Iterator[str]:
             if holder not in seen and part in (getattr(holder, "sub_configs", None) or {}).values():
                 inner.append(holder)
                 seen.add(holder)
-                if getattr(holder, "model_type", "") in CONFIG_MAPPING:
-                    yield holder.model_type
+                name = getattr(holder, "model_type", "")
+                if name in CONFIG_MAPPING:
+                    yield name
 
 
 def recorded(

@@ -36,10 +36,10 @@ def processed(
             break
         except Exception:
             continue
-    name = FEATURE_EXTRACTOR_MAPPING_NAMES.get(model_type)
-    if name:
+    of_sounds = FEATURE_EXTRACTOR_MAPPING_NAMES.get(model_type)
+    if of_sounds:
         try:
-            processor = getattr(transformers, name)()
+            processor = getattr(transformers, of_sounds)()
             sounds = torch.randn((2, SAMPLES), generator=generator)
             yield dict(
                 processor(list(sounds.numpy()), sampling_rate=processor.sampling_rate, return_tensors="pt")

@@ -221,7 +221,7 @@ def _with_pictures(values: dict[str, Any], side: int, small: int) -> dict[str, A
             return [scaled(item) for item in value]
         return max(1, value * small // side)
 
-    found = {}
+    found: dict[str, Any] = {}
     for name, value in values.items():
         if isinstance(value, dict) and "model_type" in value:
             found[name] = _with_pictures(value, side, small)
