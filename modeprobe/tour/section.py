@@ -41,8 +41,8 @@ def interleaved(
 
     Works take turns, so that what else the machine does meets all of them alike; the shortest time is the one
     that it disturbed least. Every other round goes backwards: a work that frees much leaves the next one to
-    fetch its memory anew, and must not be followed by the same one each time. The first round, which warms up,
-    is not counted; rounds go on for ``seconds``, ``at_least`` so many.
+    fetch its memory anew, and must not be followed by the same one each time. The first round, which warms
+    up, is not counted; rounds go on for ``seconds``, ``at_least`` so many.
     """
     times: dict[str, list[float]] = {name: [] for name in works}
     end = time.perf_counter() + seconds
