@@ -309,14 +309,22 @@ def _groups_in_a_loop(instructions: list[Instruction]) -> bool:
     return False
 
 
-def _through_loads(instructions: list[Instruction]) -> list[Instruction]:
-    """The way through the loop with the most 16-byte loads, or else through the kernel, past each of them."""
+def _through_loads(instructions: list[Instruction], sums: int = 0) -> list[Instruction]:
+    """The way through the loop with the most 16-byte loads, or else through the kernel, past each of them.
+
+    sums: also past each block that adds up so many values in one go, which a shorter way would leave out.
+    """
     blocks, successors = _blocks(instructions)
     costs = [len(block) for block in blocks]
     loading = [
         number
         for number, block in enumerate(blocks)
         if any(_is_global(one, "LDG") and ".128" in one.opcode for one in block)
+    ]
+    adding = [
+        number
+        for number, block in enumerate(blocks)
+        if sums and sum(one.name == "FFMA" and not one.predicate for one in block) >= sums
     ]
     loops = [(head, latch) for latch, after in successors.items() for head in after if head <= latch]
     # The smallest of those with the most loads: an outer loop has no more than its inner one.
@@ -329,7 +337,7 @@ def _through_loads(instructions: list[Instruction]) -> list[Instruction]:
         head, latch = 0, len(blocks) - 1
     inside = range(head, latch + 1)
     path = [head]
-    for goal in [*(number for number in loading if number in inside), latch]:
+    for goal in [*(number for number in sorted({*loading, *adding}) if number in inside), latch]:
         step = _cheapest(costs, successors, inside, path[-1], goal)
         if step:
             path += step[1][1:]
@@ -360,12 +368,23 @@ def straight_path(instructions: list[Instruction]) -> list[Instruction] | None:
 
 def instructions_per_element(instructions: list[Instruction], itemsize: int) -> float | None:
     """SASS instructions per element of ``itemsize`` bytes in the kernel's hot loop or, in a kernel without a
-    loop, from entry to exit; None where neither stores 16 bytes at a time."""
-    path = hot_path(instructions) or straight_path(instructions)
-    if path is None:
-        return None
-    stored = sum(_is_global(one, "STG") and ".128" in one.opcode for one in path)
-    return len(path) * itemsize / (16 * stored) if stored else None
+    loop, from entry to exit, where these store 16 bytes at a time. In a kernel that never does, a reduction,
+    of 32 bits and fewer, per element loaded; None where it does not load 16 bytes at a time either."""
+
+    def count(path: list[Instruction], kind: str) -> int:
+        return sum(_is_global(one, kind) and ".128" in one.opcode for one in path)
+
+    if not count(instructions, "STG"):
+        if itemsize > 4:
+            return None
+        path = _through_loads(instructions, sums=16 // itemsize)
+        loaded = count(path, "LDG")
+        # Functions such as exp are chosen at run time: no way through them is the usual one.
+        usual = loaded and not any(one.name == "MUFU" for one in path)
+        return len(path) * itemsize / (16 * loaded) if usual else None
+    found = hot_path(instructions) or straight_path(instructions)
+    stored = count(found, "STG") if found else 0
+    return len(found) * itemsize / (16 * stored) if found and stored else None
 
 
 def read(binary: Path | str, itemsizes: dict[str, int] | None = None) -> list[Resources]:

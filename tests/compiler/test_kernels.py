@@ -116,6 +116,14 @@ def body(*lines):
     return [resources.Instruction(16 * n, "", *line.split(" ", 1)) for n, line in enumerate(lines)]
 
 
+def test_a_reduction_is_counted_with_its_sums():
+    skip, add = "BRA P0, 0x70", ["FFMA R1, R4, R4, R1"] * 4
+    loop = ["MOV R1, RZ", LOAD_A, skip, *add, BACK]
+    assert resources.instructions_per_element(body(*loop), 4) == 7 / 4
+    assert resources.instructions_per_element(body(*loop[:3], "MUFU.EX2 R1, R4", *add[:3], BACK), 4) == 3 / 4
+    assert resources.instructions_per_element(body("MUFU.EX2 R1, R4", LOAD_A, *add, BACK), 4) == 6 / 4
+
+
 BACK = "BRA 0x10"
 LOAD_A, LOAD_B = "LDG.E.128 R4, desc[UR4][R2.64]", "LDG.E.128 R8, desc[UR4][R2.64+0x10]"
 COPY, END = "LDGSTS.E.BYPASS.128 [R9], desc[UR4][R2.64]", "LDGDEPBAR "

@@ -45,13 +45,18 @@ struct RowChunks {
   }
 };
 
-// Calls use(r, raw) for the chunks of a row, kChunksTogether of which are on their way at a time; raw: the
-// chunk's elements of each tensor.
-constexpr int kChunksTogether = 2;
+// Chunks of a row that a thread waits for together: two, where they and their arithmetic fit into 128
+// registers.
+template <typename T>
+constexpr int chunks_together(int tensors) {
+  return tensors * kLanesPerChunk * int(sizeof(T)) <= 32 ? 2 : 1;
+}
+
+// Calls use(r, raw) for the chunks of a row; raw: the chunk's elements of each tensor.
 template <typename T, typename Use, typename... Rest>
 __device__ __forceinline__ void for_chunks(RowChunks r, int64_t n, bool aligned, Use&& use, const T* x,
                                            Rest... rest) {
-  constexpr int kTensors = 1 + sizeof...(rest);
+  constexpr int kTensors = 1 + sizeof...(rest), kChunksTogether = chunks_together<T>(kTensors);
   const T* const from[kTensors] = {x, rest...};
   while (!r.done()) {
     Raw<T, kLanesPerChunk> raw[kChunksTogether][kTensors];
