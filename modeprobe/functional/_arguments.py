@@ -18,7 +18,7 @@ _Function = TypeVar("_Function", bound=Callable[..., Tensor])
 
 
 def overridable(function: _Function) -> _Function:
-    """``function`` as one of torch's own: tensor subclasses and ``torch.fx`` are asked before it runs."""
+    """``function`` as torch's are: subclasses of Tensor, function modes and ``torch.fx`` are asked first."""
 
     @functools.wraps(function)
     def asked(*args: object, **kwargs: object) -> Tensor:
@@ -73,7 +73,7 @@ def check_data(x: Tensor, who: str, name: str = "input") -> None:
     if x.is_nested or x.layout is not torch.strided:
         kind = "a nested tensor of" if x.is_nested else "one of"
         raise TypeError(f"{who}: {name} must be a dense tensor, got {kind} layout {x.layout}")
-    if hasattr(x, "device_mesh"):
+    if type(x) is not Tensor and hasattr(x, "device_mesh"):
         raise TypeError(
             f"{who}: {name} must be a local tensor, got a {type(x).__name__}; call it on to_local(), "
             "with key= and offset= where ranks are to share one mask"
