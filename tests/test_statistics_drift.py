@@ -166,6 +166,10 @@ def test_small_batches_are_chance_not_stale():
     report = drift(layer, list(torch.randn(100, 4, 16)))
     assert report.layers[0].cause == "not representative"
     assert any("tiny" in sign for sign in report.signs)
+    assert report.layers[0].between_ratio is not None
+    alone = drift(layer, list(torch.randn(9, 1, 16)))  # batches without a variance of their own
+    twice = drift(nn.Sequential(layer, layer), list(torch.randn(9, 4, 16)))
+    assert {row.between_ratio for row in (*alone.layers, *twice.layers)} == {None}
 
 
 def test_initial_value_and_sources():
@@ -203,7 +207,10 @@ def test_initial_value_and_sources():
     assert rows[0].cause == "initial value"
     assert rows[1].initial_weight == 0
     assert rows[2].size is None
-    assert drift(nn.BatchNorm1d(4), data).layers[0].source == "never updated"
+    values = torch.cat(data)
+    standard = ((values - values.mean(0)) / values.std(0)).split(16)
+    for untouched in (data, standard):  # the initial values may happen to fit
+        assert drift(nn.BatchNorm1d(4), untouched).layers[0].source == "never updated"
     assert initial_weight(0.01, 100) == pytest.approx(0.366, abs=1e-3)
     recalibrate(model, data)
     rows = drift(model, data).layers

@@ -144,6 +144,11 @@ def test_one_call_measures_and_normalises(monkeypatch):
         torch.testing.assert_close(found[0], found[1], rtol=1e-6, atol=1e-6)
         assert [call is None for call in calls] == [False] * 4 + [False] * 3 + [True] + [False] * 4
         calls.clear()
+    monkeypatch.setattr(measure.Measure, "instead", counted)
+    model = Two(nn)
+    mp.swap(model, backend="reference")
+    recalibrate(model, batches)
+    assert set(calls) == {None}  # a layer's own backend is the one that runs
 
 
 @pytest.mark.parametrize("format_", [torch.contiguous_format, torch.channels_last])
@@ -208,6 +213,21 @@ def test_single_values_use_what_is_pooled():
         (hidden[0] - mean) / (variance + 1e-5).sqrt(),
         (hidden[1] - pooled.mean(0)) / (pooled.var(0, correction=0) + 1e-5).sqrt(),
     ]
+    close(model[4], [model[3](part.float().relu()) for part in behind], rtol=2e-5)
+
+
+@pytest.mark.parametrize("sound", [True, False])
+def test_single_values_before_there_is_a_variance(sound):
+    """They are normalised with the layer's buffers, or become zero where those are unusable."""
+    model = two_layers()
+    if not sound:
+        model[1].running_var.fill_(torch.nan)
+    first, single = torch.randn(30, 5), torch.randn(1, 5)
+    recalibrate(model, [single, single, first])
+    hidden, alone = model[0](first).double(), model[0](single).double()
+    mean, variance = hidden.mean(0), hidden.var(0, correction=0)
+    alone = alone / (1 + 1e-5) ** 0.5 if sound else torch.zeros_like(alone)
+    behind = [alone, alone, (hidden - mean) / (variance + 1e-5).sqrt()]
     close(model[4], [model[3](part.float().relu()) for part in behind], rtol=2e-5)
 
 
@@ -309,6 +329,8 @@ def test_layers_without_running_statistics():
 
 
 def test_modes_random_states_and_other_buffers_are_restored():
+    numpy = pytest.importorskip("numpy")
+
     class Stateful(nn.Module):
         def __init__(self):
             super().__init__()
@@ -319,6 +341,7 @@ def test_modes_random_states_and_other_buffers_are_restored():
         def forward(self, x):
             self.seen += 1
             random.random()
+            numpy.random.random()
             return self.other(self.drop(self.norm(x)).unsqueeze(-1).expand(-1, -1, 3))
 
     model = Stateful()
@@ -326,10 +349,11 @@ def test_modes_random_states_and_other_buffers_are_restored():
     before = state(model)
     objects = dict(model.named_buffers())
     loader = torch.utils.data.DataLoader(torch.randn(20, 4), batch_size=6, shuffle=True)
-    states = torch.get_rng_state(), random.getstate()
+    states = torch.get_rng_state(), random.getstate(), numpy.random.get_state()
     recalibrate(model, loader, mode="train")
     assert torch.equal(torch.get_rng_state(), states[0])
     assert random.getstate() == states[1]
+    numpy.testing.assert_equal(numpy.random.get_state(), states[2])
     assert all(buffer is objects[name] for name, buffer in model.named_buffers())
     model.norm.reset_running_stats()
     assert same(before, state(model))
@@ -422,6 +446,14 @@ def test_last_and_momentum():
     short = layer.running_var.clone()
     recalibrate(layer, data, momentum=0.25, last=4)
     torch.testing.assert_close(layer.running_var, short)
+    # What is left out does not let the others age.
+    broken = [batch for part in data for batch in (part, part * torch.nan)]
+    with pytest.warns(RuntimeWarning, match="left out"):
+        recalibrate(layer, broken, momentum=0.25, last=8)
+    torch.testing.assert_close(layer.running_var, short)
+    with pytest.warns(RuntimeWarning, match="left out"):
+        recalibrate(layer, broken, momentum=0.25)
+    torch.testing.assert_close(layer.running_var.double(), m2 / (weights.sum() - 1), rtol=1e-5, atol=0)
     with pytest.raises(ValueError, match="momentum"):
         recalibrate(layer, data, momentum=1.5)
 
@@ -457,6 +489,12 @@ def test_wrappers_and_subclasses():
     inner = model.module.eval()
     close(inner[1], [inner[0](batch) for batch in batches])
     close(inner[2], [inner[:2](batch) for batch in batches])
+    model = nn.Sequential(nn.BatchNorm2d(2), nn.BatchNorm2d(2))
+    own = model[0].forward
+    model[0].forward = lambda x: own(x).relu()  # on the instance, as accelerate's hooks do
+    recalibrate(model, batches, layerwise=True)
+    assert model[0].forward is not own
+    close(model[1], [model[0].eval()(batch) for batch in batches])
 
 
 @pytest.mark.parametrize("shape", [(100_000, 3), (64, 3, 9), (8, 3, 20, 20)])
