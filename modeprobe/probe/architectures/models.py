@@ -107,6 +107,7 @@ def _configurations(config: Any) -> Iterator[Any]:
     yield config
     filled = _sizes.filled(readings[0])
     yield made(filled)
+    yield made(_sizes.with_rope_by_layer_type(filled))
     if builds(original):
         for small in (readings[-2], filled):
             yield from map(made, fitting(original, small, builds))
@@ -116,8 +117,9 @@ def _given(config: Any) -> dict[str, Any]:
     """The configuration's values without those that it derives from others: None unless they are given."""
     values = config.to_dict()
     for field in dataclasses.fields(config) if dataclasses.is_dataclass(config) else ():
-        if hasattr(getattr(config, field.name, None), "to_dict"):
-            values[field.name] = _given(getattr(config, field.name))
+        held = vars(config).get(field.name)
+        if hasattr(held, "to_dict"):
+            values[field.name] = _given(held)
         elif field.default is None:
             values.pop(field.name, None)
     return values

@@ -142,10 +142,19 @@ def filled(values: dict[str, Any]) -> dict[str, Any]:
             found[name] = filled(value)
         elif value is None:
             found[name] = usual(name)
+    return found
+
+
+def with_rope_by_layer_type(values: dict[str, Any]) -> dict[str, Any]:
+    """With rotary parameters for each type of layer, where one set for all is given."""
+    found = {
+        name: with_rope_by_layer_type(value) if isinstance(value, dict) and "model_type" in value else value
+        for name, value in values.items()
+    }
     rope, kinds = values.get("rope_parameters"), values.get("layer_types")
     if isinstance(rope, dict) and kinds and not any(kind in rope for kind in kinds):
-        one = {"rope_type": "default", "rope_theta": 10000.0, **rope}
-        found["rope_parameters"] = dict.fromkeys(kinds, one)
+        one = {"rope_type": "default", "rope_theta": usual("rope_theta"), **rope}
+        found["rope_parameters"] = {kind: dict(one) for kind in kinds}
     return found
 
 
