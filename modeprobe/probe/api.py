@@ -111,9 +111,11 @@ def _attribute(attributor: Attributor, seen: Observation, call: Call) -> None:
             if all(item.change is None for item in found.located):
                 seen.effect = Comparison((), seen.effect.leaves)
     reached = [item for item in found.located if item.change is not None]
+    unlucky = not seen.is_random(True)  # the seeds drew the same
     seen.rare = any(
-        item.finding.forced is not None or (item.finding.varies and not seen.is_random(True))
-        for item in reached
+        item.change.differs and (item.finding.forced is not None or (item.finding.varies and unlucky))
+        for item in found.located
+        if item.change is not None
     )
     if seen.effect is None or not seen.effect.differs:
         return

@@ -189,7 +189,7 @@ class Attributor:
             if id(finding) in assumed:
                 continue
             self.tick(f"following effects to the outputs ({index + 1} of {len(findings)})")
-            if self.call.left <= 5:  # one finding takes six passes at most
+            if self.call.left < 8:  # one finding takes eight passes at most
                 self.found.notes.append("some local effects were not followed to the outputs (cost limit)")
                 rest = [f for f in findings[index:] if id(f) not in assumed]
                 self.found.located += [Located(f, Comparison((), 0)) for f in rest]

@@ -6,7 +6,6 @@ They are in place only while a tracer is active, and only its thread is recorded
 from __future__ import annotations
 
 import random
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,6 +13,8 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
+
+from modeprobe.probe.randomness import numpy_random
 
 
 class Listener(Protocol):
@@ -102,7 +103,7 @@ def _install() -> None:
         _replace(torch.random, name, f"torch.{name}", reseeds=True)
     for name in ("manual_seed", "manual_seed_all", "seed", "seed_all"):
         _replace(torch.cuda, name, f"torch.cuda.{name}", reseeds=True)
-    for holder, prefix in ((random, "random"), (sys.modules.get("numpy.random"), "numpy.random")):
+    for holder, prefix in ((random, "random"), (numpy_random(), "numpy.random")):
         for name in dir(holder) if holder else ():
             if type(getattr(holder, name)).__name__ in ("method", "builtin_function_or_method"):
                 if name == "seed":

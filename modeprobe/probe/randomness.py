@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import random
 import sys
 from collections.abc import Iterable, Iterator
@@ -18,6 +19,11 @@ def _accelerator() -> Any:
     return None
 
 
+def numpy_random() -> Any:
+    """numpy.random where numpy is loaded, else None: numpy loads it on first use, maybe in a forward."""
+    return importlib.import_module("numpy.random") if "numpy" in sys.modules else None
+
+
 class RandomState:
     """Every global random state at one moment. Two states compare equal when all streams stand alike."""
 
@@ -26,7 +32,7 @@ class RandomState:
         device = _accelerator()
         self.device = device.get_rng_state_all() if device else None
         self.python = random.getstate()
-        numpy = sys.modules.get("numpy.random")
+        numpy = numpy_random()
         self.numpy = numpy.get_state() if numpy else None
 
     def restore(self) -> None:
@@ -36,7 +42,7 @@ class RandomState:
             device.set_rng_state_all(self.device)
         random.setstate(self.python)
         if self.numpy is not None:
-            sys.modules["numpy.random"].set_state(self.numpy)
+            numpy_random().set_state(self.numpy)
 
     def moved(self) -> tuple[str, ...]:
         """Names of the streams that have moved since: "torch", "python", "numpy"."""
@@ -62,7 +68,7 @@ def seed_everything(seed: int) -> None:
     if device:
         device.manual_seed_all(seed)
     random.seed(seed)
-    numpy = sys.modules.get("numpy.random")
+    numpy = numpy_random()
     if numpy:
         numpy.seed(seed % 2**32)
 
@@ -77,7 +83,7 @@ def stream_position() -> tuple:
 def private_generators(items: Iterable[Any]) -> list[Any]:
     """Generators of torch, Python and numpy among `items`, each with its own random stream."""
     kinds: tuple[type, ...] = (torch.Generator, random.Random)
-    numpy: Any = sys.modules.get("numpy.random")
+    numpy = numpy_random()
     if numpy:
         kinds = (*kinds, numpy.Generator, numpy.RandomState)
     return [item for item in items if isinstance(item, kinds)]
@@ -97,7 +103,7 @@ def reseed_generator(generator: Any, seed: int) -> None:
     if isinstance(generator, torch.Generator):
         generator.manual_seed(seed)
     elif hasattr(generator, "bit_generator"):
-        fresh = sys.modules["numpy.random"].Generator(type(generator.bit_generator)(seed))
+        fresh = numpy_random().Generator(type(generator.bit_generator)(seed))
         generator.bit_generator.state = fresh.bit_generator.state
     else:
         generator.seed(seed)

@@ -115,11 +115,16 @@ class Reach:
         flipped = {path: self.flags[True][path] for path in finding.owners}
         change = compare(self.run(False, flipped).leaves, self.base(False).leaves)
         if change.same and finding.varies:  # the draws of these runs may have dropped nothing
-            change = self._of_forced(keys) if keys else self._of_unseen()
+            change = self._of_forced(keys)
+            change = self._of_other_draws(keys) if change.same else change
         return None if change.same else change
 
-    def _of_unseen(self) -> Comparison:
-        runs = (self.run(True, {}, seed=_SALT + 1 + index) for index in range(_MORE))
+    def _of_other_draws(self, keys: frozenset[Key]) -> Comparison:
+        """The change when these call sites, and draws that cannot be seen, take other values."""
+        runs = (
+            self.run(True, {}, Control(_SALT, resalt=dict.fromkeys(keys, salt)), seed=salt)
+            for salt in range(_SALT + 1, _SALT + 1 + _MORE)
+        )
         changes = (compare(run.leaves, self.base(True).leaves) for run in runs)
         return next((change for change in changes if not change.same), Comparison((), 0))
 

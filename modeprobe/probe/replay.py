@@ -93,7 +93,7 @@ class ReplayBench:
     @property
     def exhausted(self) -> bool:
         """Whether more runs would leave too few passes to follow what was found."""
-        return self.is_whole and self.setting.call.left <= 8
+        return self.is_whole and self.setting.call.left <= 11
 
     def variant(
         self,

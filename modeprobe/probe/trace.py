@@ -265,8 +265,7 @@ class Tracer:
             if name in _MASKING:
                 event.binary = True
             others = [other for other in tensors if other is not tensor]
-            zeroes = not event.scales and _zeroes(name, tensor, args, kwargs)
-            if zeroes and self._spreads(event, others, result):
+            if _zeroes(name, tensor, args, kwargs) and self._spreads(event, others, result):
                 event.scales, event.axis = True, _axis(tensor, result)
             if isinstance(result, Tensor) and (result.numel() == tensor.numel() or name in _PASSING):
                 self._track(result, event)

@@ -1,10 +1,15 @@
+from collections import Counter
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 import modeprobe as mp
+from modeprobe.probe.depth import leaves_out_layers
+from modeprobe.probe.events import Trace
 from modeprobe.probe.observe import SEEDS
+from modeprobe.probe.replay import Variant
 
 pytestmark = pytest.mark.rung("reference")
 
@@ -61,3 +66,24 @@ def test_a_model_that_raises_with_some_seeds_is_probed_with_the_others(unlucky):
 def test_the_package_is_also_the_function():
 
     assert mp.probe(nn.Linear(2, 2), torch.ones(1, 2)).effect == "none"
+
+
+@pytest.mark.parametrize(
+    ("runs", "expected"),
+    [
+        ([{"a": 1}], True),
+        ([{"a": 1, "b": 1}], False),
+        ([{"a": 2}], False),
+        ([{"a": 1}, {"a": 1, "b": 1}], True),
+        ([{"a": 1}, {"b": 1, "c": 1}], False),
+        ([{"a": 1}, {"a": 1, "output": 2}], False),
+        ([{"a": 1}, {"b": 1, "output": 2}], True),
+    ],
+)
+def test_layers_left_out(runs, expected):
+    def variant(output=1, **calls):
+        counts = Counter(calls)
+        return Variant({"": torch.tensor(float(output))}, Trace(calls=counts, rows=counts), ())
+
+    variants = [variant(**run) for run in runs]
+    assert leaves_out_layers(variants, variant(a=1, b=1), "") is expected

@@ -1,6 +1,7 @@
 """The user's model and random states are afterwards what they were, whatever the model does."""
 
 import random
+import sys
 from collections import OrderedDict
 
 import numpy as np
@@ -341,3 +342,15 @@ def test_step_and_its_errors():
         mp.probe(model, torch.ones(1), step=lambda m: m)
     with pytest.raises(TypeError, match="step must be callable"):
         mp.probe(model, step=3)
+
+
+def test_numpy_randomness_that_the_first_forward_loads(monkeypatch):
+    class Noisy(nn.Module):
+        def forward(self, x):
+            import numpy.random
+
+            return x + numpy.random.rand()  # noqa: NPY002 - the global stream
+
+    monkeypatch.delitem(sys.modules, "numpy.random")
+    report = mp.probe(Noisy(), torch.randn(4))
+    assert (report.effect, report.eval_is_random, report.train_is_reproducible) == ("none", True, True)
