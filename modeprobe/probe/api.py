@@ -48,7 +48,7 @@ def probe(
         gradients: also compare gradients with respect to the parameters, of the output named "loss" where
             there is one, else of the sum of the floating outputs.
         generate: compare greedy `model.generate(...)` in both modes; None does so where the model has such a
-            method, takes `input_ids` and is not random in training.
+            method and takes `input_ids`, unless training is random and the passes are used up.
         loader: batches of data, for models with BatchNorm: also compare the running statistics with exact
             ones over them, as `mp.drift(model, loader)` does, in `report.drift`.
         progress: show progress on standard error; None shows it once the probe has run for two seconds.
@@ -78,13 +78,14 @@ def probe(
         mutated = frozenset(name for run in seen.runs for name in run.mutated)
         attributor = Attributor(bench, call, seen.seed, mutated, show)
         attributor.trace()
-        if generate is None and seen.is_random(True):
-            generate = False  # by chance the texts differ anyway
-        reserved = GENERATION_PASSES if generates(bench, call, generate) else 0
+        speaks = generates(bench, call, generate)
+        # Where training is random, texts differ by chance: they take what passes are left.
+        reserved = GENERATION_PASSES if speaks and (generate or not seen.is_random(True)) else 0
         call.limit = _PASSES + 2 * len(attributor.found.readers) - reserved
         if all(run.phase not in ("train()", "eval()") for run in seen.runs):
             _attribute(attributor, seen, call)
-        generation = compare_generation(bench, call, show) if reserved else None
+        speaks = speaks and (reserved > 0 or call.left >= GENERATION_PASSES)
+        generation = compare_generation(bench, call, show) if speaks else None
         report = judge(bench, seen, attributor.found, generation)
     report.forwards = call.forwards
     report.seconds = time.monotonic() - start
