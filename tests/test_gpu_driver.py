@@ -215,7 +215,7 @@ def test_torch_and_pytest_are_all_it_needs(start, tmp_path, monkeypatch):
     plain = session.python("-m", "modeprobe.benchmarks.plain", "--device", "cpu", "--output", str(tmp_path))
     gpu.run(session, "bench", [*plain, "--budget", "0", "--works", "batch_norm"], 60)
     assert "No time was left" in (tmp_path / "bench.log").read_text()
-    outcome = gpu.pytest(session, "tests", 60, "tests/gpu", "tests/batch_norm/test_values.py")
+    outcome = gpu.pytest(session, "tests", 180, "tests/gpu", "tests/batch_norm/test_values.py")
     assert outcome.verdict == "ok", (tmp_path / "tests.log").read_text()
     assert re.fullmatch(r"\d+ skipped.*", outcome.note)
 
