@@ -254,16 +254,12 @@ def differentiable_backward(
         mean, variance, eps = statistics[0], statistics[1].pow(-2), 0.0
     y, _ = reference.normalize(x, mean, variance, weight, bias, eps, residual, activation, slope, key, p)
     wanted = [
-        t
-        for t, needed in zip((x, weight, bias, residual), need, strict=True)
-        if needed and t is not None and (not linear or t is not residual)
+        t for t, needed in zip((x, weight, bias, residual), need, strict=True) if needed and t is not None
     ]
     found = iter(torch.autograd.grad(y.to(x.dtype), wanted, dz, create_graph=True) if wanted else ())
     grads = [next(found) if needed else None for needed in need[:3]]
-    if need[3]:
-        grads.append(dz if linear else next(found))
-    else:
-        grads.append(None)
+    # A linear epilogue saves no residual: its gradient is dz.
+    grads.append((dz if linear else next(found)) if need[3] else None)
     return tuple(grads)
 
 
