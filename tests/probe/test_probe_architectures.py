@@ -133,3 +133,10 @@ def test_widths_by_stage_are_divided_with_the_others():
     stages = {"hidden_size": 96, "embed_dim_per_stage": [96, 192], "num_attention_heads": 1}
     divided = [made for made in sizes.readings({"model_type": "x", **stages}) if made["hidden_size"] == 24]
     assert [made["embed_dim_per_stage"] for made in divided] == [[24, 48]]
+
+
+def test_rotary_parameters_by_layer_type_are_another_reading():
+    rope = {"rope_type": "default", "rope_theta": 5.0}
+    values = {"model_type": "x", "layer_types": ["sliding_attention"], "rope_parameters": rope}
+    assert sizes.filled(values)["rope_parameters"] == rope
+    assert sizes.with_rope_by_layer_type(values)["rope_parameters"] == {"sliding_attention": rope}
