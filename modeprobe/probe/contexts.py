@@ -90,7 +90,7 @@ class _NoDropout(TorchFunctionMode):
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "").split(".")[0]
         known = classify(name, args, kwargs)
-        if known is not None and known[0] != "statistics" and known[1]:
+        if known is not None and known[0] in ("dropout", "attention") and known[1]:
             args, kwargs, _ = silenced(func, name, known[0], args, kwargs)
         return func(*args, **kwargs)
 

@@ -48,8 +48,8 @@ class Key(NamedTuple):
 class Event:
     """One call that is random or uses batch statistics.
 
-    kind: "dropout", "attention" (dropout inside scaled-dot-product attention), "statistics", "draw" (any
-    other random draw), "reseed" (a global random state is set).
+    kind: "dropout", "attention" (dropout inside scaled-dot-product attention), "depth" (a function for
+    stochastic depth), "statistics", "draw" (any other random draw), "reseed" (a global random state is set).
     active: whether it does something (p > 0 and training; batch statistics in use; a value drawn).
     silenced: it was told to do nothing.
     binary, scales, steers: for a draw, whether its values are turned into a mask of zeros and ones, whether
@@ -141,12 +141,31 @@ def call_site() -> tuple[Place, int]:
     return inner or (Place("", 0), 0)
 
 
-# Default of the argument `training` (`train`) of each dropout function.
+class Signature(NamedTuple):
+    """Where a dropout function takes p and its mode, what the mode is by default, and the kind of its events."""
+
+    p: int = 1
+    training: int = 2
+    default: bool = True
+    kind: str = "dropout"
+
+
+# torch's and modeprobe's own.
 _DROPOUTS = {
-    "dropout": True, "dropout_": True, "dropout1d": True, "dropout2d": True, "dropout3d": True,
-    "feature_dropout": True, "feature_dropout_": True, "alpha_dropout": False, "alpha_dropout_": False,
-    "feature_alpha_dropout": False, "feature_alpha_dropout_": False, "native_dropout": True,
-}  # fmt: skip
+    **dict.fromkeys(
+        """dropout dropout_ dropout1d dropout2d dropout3d feature_dropout feature_dropout_
+        native_dropout""".split(),  # noqa: SIM905
+        Signature(),
+    ),
+    **dict.fromkeys(
+        """alpha_dropout alpha_dropout_ feature_alpha_dropout
+        feature_alpha_dropout_""".split(),  # noqa: SIM905
+        Signature(default=False),
+    ),
+    "bias_dropout_add": Signature(p=3, training=4),
+    "softmax_dropout": Signature(training=3),
+    "drop_path": Signature(kind="depth"),
+}
 _RECURRENT = frozenset({"lstm", "gru", "rnn_tanh", "rnn_relu"})
 
 # Functions that always draw; others are recognised by the random state they move.
@@ -172,9 +191,10 @@ def recurrent_dropout_index(args: tuple) -> int | None:
 def classify(name: str, args: tuple, kwargs: dict) -> tuple[str, bool, float | None] | None:
     """(kind, active, p) of a torch function that is known by name, None for any other."""
     if name in _DROPOUTS:
-        p = float(argument(args, kwargs, 1, ("p",), 0.5))
-        training = argument(args, kwargs, 2, ("training", "train"), _DROPOUTS[name])
-        return "dropout", bool(training) and p > 0, p
+        signature = _DROPOUTS[name]
+        p = float(argument(args, kwargs, signature.p, ("p",), 0.5))
+        training = argument(args, kwargs, signature.training, ("training", "train"), signature.default)
+        return signature.kind, bool(training) and p > 0, p
     if name in _RECURRENT:
         index = recurrent_dropout_index(args)
         if index is None:
@@ -194,6 +214,11 @@ def classify(name: str, args: tuple, kwargs: dict) -> tuple[str, bool, float | N
     if name == "instance_norm":
         return "statistics", bool(argument(args, kwargs, 5, ("use_input_stats",), True)), None
     return None
+
+
+def mode_index(name: str) -> int:
+    """Position of the mode in the arguments of a dropout function."""
+    return _DROPOUTS[name].training
 
 
 def is_recurrent(name: str) -> bool:

@@ -84,7 +84,7 @@ def _main_same(seen: Observation) -> bool:
 
 
 def _random(event: Event) -> bool:
-    return event.active and event.kind in ("dropout", "attention", "draw")
+    return event.active and event.kind in ("dropout", "attention", "depth", "draw")
 
 
 def _opaque(found: Attribution) -> str:

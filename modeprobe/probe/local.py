@@ -14,7 +14,7 @@ from modeprobe.probe.events import Event, Key, Place, Trace
 from modeprobe.probe.leaves import Comparison, compare
 from modeprobe.probe.replay import SALT, ReplayBench, Variant
 
-_SILENCEABLE = frozenset({"dropout", "attention", "statistics"})
+_SILENCEABLE = frozenset({"dropout", "attention", "depth", "statistics"})
 _UNSILENCED = frozenset({"random_noise", "stochastic_depth"})
 _MORE_SALTS = range(SALT + 1, SALT + 9)
 _ENOUGH = 4  # other draws, to see what a chance that changes the output does to the layers
@@ -294,6 +294,7 @@ class LocalJudge:
 WORDS = {
     "dropout": "functional_dropout",
     "attention": "attention_dropout",
+    "depth": "stochastic_depth",
     "statistics": "batch_statistics",
 }
 

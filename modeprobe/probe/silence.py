@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from modeprobe.probe.events import argument, is_recurrent, recurrent_dropout_index
+from modeprobe.probe.events import argument, is_recurrent, mode_index, recurrent_dropout_index
 
 
 def silenced(func: Any, name: str, kind: str, args: tuple, kwargs: dict) -> tuple[tuple, dict, bool]:
@@ -29,8 +29,8 @@ def silenced(func: Any, name: str, kind: str, args: tuple, kwargs: dict) -> tupl
         put(4, ("dropout_p",), 0.0)
     elif name == "multi_head_attention_forward":
         put(10, ("dropout_p",), 0.0)
-    elif kind == "dropout":
-        put(2, ("training", "train"), False)
+    elif kind in ("dropout", "depth"):
+        put(mode_index(name), ("training", "train"), False)
     elif kind == "statistics":
         at = 1 if getattr(func, "__module__", "") == "torch.nn.functional" else 3
         if not isinstance(argument(args, kwargs, at, ("running_mean",), None), Tensor):

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import modeprobe as mp
+from modeprobe import functional as F
 from modeprobe.nn._backend import on_own_backend
 from modeprobe.ops import backend
 
@@ -107,6 +108,36 @@ def test_the_probe_reads_them_as_it_reads_torchs(pair):
     reports = [mp.probe(torch.nn.Sequential(torch.nn.Linear(4, 4), cls(0.5)), x) for cls in pair]
     ours, theirs = ([(site.what, site.p, site.cause) for site in report.sites] for report in reports)
     assert ours == theirs
+
+
+class Calls(torch.nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function, self.weight = function, torch.nn.Parameter(torch.randn(8))
+
+    def forward(self, x):
+        return self.function(x * self.weight, self.training)
+
+
+@pytest.mark.parametrize(
+    ("cause", "function"),
+    [
+        ("functional_dropout", lambda x, on: F.dropout(x, 0.3, on)),
+        ("functional_dropout", lambda x, on: F.softmax_dropout(x, 0.3, None, on)),
+        ("functional_dropout", lambda x, on: F.bias_dropout_add(x, None, x, 0.3, training=on)),
+        ("functional_dropout", lambda x, on: F.bias_dropout_add(x, x[0], x, 0.3, on)),
+        ("stochastic_depth", lambda x, on: x + F.drop_path(x, 0.3, training=on)),
+        (None, lambda x, on: F.softmax_dropout(x, 0.0, None, on)),
+        (None, lambda x, on: F.bias_dropout_add(x, None, x, 0.3, False)),
+    ],
+)
+def test_the_probe_knows_our_functions(cause, function):
+    model, x = Calls(function), torch.randn(6, 8)
+    report = mp.probe(model, x)
+    assert report.causes == ({cause} if cause else set())
+    assert [site.p for site in report.sites] == ([0.3] if cause else [])
+    with mp.no_dropout(model.train()):  # stochastic depth goes on
+        assert torch.equal(model(x), model(x)) == (cause != "stochastic_depth")
 
 
 @pytest.mark.filterwarnings("ignore:dropout")
