@@ -142,7 +142,7 @@ def call_site() -> tuple[Place, int]:
 
 
 class Signature(NamedTuple):
-    """Where a dropout function takes p and its mode, what the mode is by default, and the kind of its events."""
+    """Where a dropout function takes p and its mode, the mode by default, and the kind of its events."""
 
     p: int = 1
     training: int = 2
