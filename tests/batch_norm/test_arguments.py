@@ -80,6 +80,14 @@ def test_tensor_subclasses_are_given_the_call():
     assert MF.batch_norm(x, ONES, None, **options) == (MF.batch_norm, (x, ONES, None), options)
 
 
+def test_sign_bits_of_another_forward():
+    tail = (None, 1, 0.01, None, 0.0, torch.zeros(3, dtype=torch.uint8))
+    with pytest.raises(RuntimeError, match="sign_bits must be those of the forward pass"):
+        torch.ops.modeprobe.batch_norm_backward(
+            X, X, torch.ones(2, 3), None, None, True, True, False, False, *tail
+        )
+
+
 def test_bad_module_input():
     for ours, theirs in (
         (mp.nn.BatchNorm1d(3), torch.nn.BatchNorm1d(3)),
