@@ -1,7 +1,7 @@
 """Compiles torch.compile's peers ahead of a run, in processes side by side, into Inductor's cache on disk.
 
-A GPU is lent for minutes and one process compiles a hundred works one after the other: that alone would take
-longer. Only compilation is taken ahead; the run sets its peers up, judges and times them as ever.
+Time on a GPU is dear, and one process that compiles a hundred works one after the other uses it up. Only
+compilation is taken ahead; the run sets its peers up, judges and times them as ever.
 """
 
 from __future__ import annotations
