@@ -140,3 +140,10 @@ def test_rotary_parameters_by_layer_type_are_another_reading():
     values = {"model_type": "x", "layer_types": ["sliding_attention"], "rope_parameters": rope}
     assert sizes.filled(values)["rope_parameters"] == rope
     assert sizes.with_rope_by_layer_type(values)["rope_parameters"] == {"sliding_attention": rope}
+
+
+@pytest.mark.parametrize("factor", [1, 2])
+def test_a_width_that_follows_the_hidden_size_keeps_its_ratio(factor):
+    wide = {"hidden_size": 4096, "attention_hidden_size": 4096 * factor}
+    small = next(sizes.readings(wide))
+    assert small["attention_hidden_size"] == factor * small["hidden_size"] < 4096

@@ -27,7 +27,6 @@ _NARROW = {
     **dict.fromkeys(_HEADS, 4),
     "num_key_value_heads": 2,
     "head_dim": 8,
-    "attention_hidden_size": 64,
     "attention_head_dim": 16,
     "d_kv": 8,
     "embed_dim": 16,
@@ -65,6 +64,7 @@ _SHALLOW = {
 PLACEHOLDERS = {"image": 60, "video": 61, "audio": 62}
 _PLACEHOLDER = re.compile(rf"^({'|'.join(PLACEHOLDERS)})_token_(id|index)$")
 _HEAD_SIZES = frozenset({"head_dim", "d_kv", "num_key_value_heads", "qk_rope_head_dim", "rotary_dim"})
+_PROPORTIONAL = frozenset({"attention_hidden_size"})  # to hidden_size
 _PICTURE_GRIDS = ("image_size", "image_embedding_size", "feature_sizes")
 _PICTURE_SIZES = frozenset({"image_size", "patch_size"})
 # What follows from other fields, and would contradict them once those are small.
@@ -180,6 +180,8 @@ def _shrunk(values: dict[str, Any], sizes: dict[str, int], deep: bool = False) -
         elif isinstance(value, int) and not isinstance(value, bool):
             common = _COMMON.search(name)
             size = sizes.get(name, sizes.get(common[0]) if common else None)
+            if name in _PROPORTIONAL and "hidden_size" in sizes and values.get("hidden_size"):
+                size = sizes["hidden_size"] * value // values["hidden_size"]
             shrunk[name] = value if size is None or value < 0 else min(value, size)
         elif value is None and name in _FILLED and name in sizes:
             shrunk[name] = sizes[name]
