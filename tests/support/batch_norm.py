@@ -158,3 +158,10 @@ def in_long_double(x, weight, bias, buffers, grad, *, training=True, momentum=0.
         results["running_mean"] = (1 - f) * old_mean + f * mean
         results["running_var"] = (1 - f) * old_var + f * var * n / (n - 1)
     return results
+
+
+def assert_same_state(ours, theirs):
+    mine, own = ours.state_dict(), theirs.state_dict()
+    assert list(mine) == list(own)
+    for name, value in own.items():
+        torch.testing.assert_close(mine[name], value, msg=lambda m, name=name: f"{name}: {m}")
