@@ -221,9 +221,10 @@ def test_torch_and_pytest_are_all_it_needs(start, tmp_path, monkeypatch):
 
 
 def test_every_file_of_gpu_tests_is_judged(start, tmp_path, monkeypatch):
-    def one(session, name, limit, file, option, which):
+    def one(session, name, limit, file, option, which, *workers):
         assert re.fullmatch(r"tests/gpu/test_\w+\.py", file)
         assert (option, which) == ("-k", "triton" if name.endswith("-triton") else "not triton")
+        assert workers in ((), ("-n", "4"))
         return gpu.Outcome(name, "failed" if name == "tests-dropout-triton" else "ok", 1.0, "3 passed")
 
     monkeypatch.setattr(gpu, "pytest", one)

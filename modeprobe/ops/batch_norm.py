@@ -365,6 +365,8 @@ def batch_norm(
             name,
         )
         if torch.compiler.is_compiling():
+            # Dynamo wants every tensor once.
+            residual = residual.view_as(residual) if residual is x else residual
             return BatchNorm.apply(x, weight, bias, residual, key, *call)
         return PackedBatchNorm.apply(x, weight, bias, residual, key, call)
     ops = operators(name)

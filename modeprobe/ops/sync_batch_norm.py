@@ -157,11 +157,14 @@ def sync_batch_norm(
     if recomputing():
         # The other processes recompute, too, and wait for this one: only the update is left out.
         running_mean = running_var = num_batches_tracked = skipped_batches = None
+    residual = epilogue.residual
+    if residual is x and torch.compiler.is_compiling():
+        residual = residual.view_as(residual)  # Dynamo wants every tensor once
     return SyncBatchNorm.apply(
         x,
         weight,
         bias,
-        epilogue.residual,
+        residual,
         epilogue.key,
         running_mean,
         running_var,

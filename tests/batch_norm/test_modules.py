@@ -445,6 +445,16 @@ def test_compiled_in_one_graph(momentum, activation):
         torch.testing.assert_close(run(compiled.eval(), x, r), eager.eval()(x * 2, r).sin())
 
 
+def test_compiled_with_the_input_as_its_own_residual():
+    torch._dynamo.reset()
+    module, x = mp.nn.BatchNorm2d(5, activation="relu"), sample(DIMENSIONS[2])
+    gradients = []
+    for run in (module, torch.compile(module, fullgraph=True, backend="aot_eager")):
+        y = x.clone().requires_grad_() * 2
+        gradients.append(torch.autograd.grad(run(y, y).square().sum(), y)[0])
+    torch.testing.assert_close(*gradients)
+
+
 @pytest.mark.parametrize("inside", [True, False])
 def test_compiled_by_inductor(inside):
     """Checkpointed, with the checkpoint inside the graph or around it: each step counts once."""
