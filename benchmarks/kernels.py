@@ -39,8 +39,15 @@ class Promise:
 # The first match counts. Reductions: 0 is contiguous; 2, 4 and 8 are channels last, 16 bytes per thread; 1 is
 # channels last where rows do not begin at 16-byte borders.
 PROMISES = (
-    Promise(r"dropout_forward_kernel<float>", 4, vector_loads=True, vector_stores=True, blocks_sm_100=3),
-    Promise(r"dropout_forward_kernel", 4, vector_loads=True, vector_stores=True, blocks_sm_100=2),
+    Promise(
+        r"(dropout_forward|alpha_dropout|bias_dropout_add)_kernel<double",
+        2,
+        vector_loads=True,
+        vector_stores=True,
+    ),
+    Promise(
+        r"(dropout_forward|alpha_dropout|bias_dropout_add)_kernel", 3, vector_loads=True, vector_stores=True
+    ),
     Promise(r"batch_norm_moments_kernel<double, 1>", 2),
     Promise(r"batch_norm_moments_kernel<double", 2, vector_loads=True),
     Promise(r"batch_norm_moments_kernel<\w+, 1>", 3),
@@ -82,18 +89,15 @@ PROMISES = (
     Promise(r"batch_norm_on_chip_\w+_kernel<\w+, true, false", 1, vector_loads=True, vector_stores=True),
     Promise(r"batch_norm_on_chip_\w+_kernel", 2, vector_loads=True, vector_stores=True),
     Promise(r"structured_dropout_kernel<double", 2, vector_loads=True, vector_stores=True),
-    Promise(r"structured_dropout_kernel<\w+, true", 3, vector_loads=True, vector_stores=True),
     Promise(r"structured_dropout_kernel", 4, vector_loads=True, vector_stores=True),
     Promise(r"bias_dropout_add_backward_kernel<\w+, 1>", 2),
     Promise(r"bias_dropout_add_backward_kernel", 2, vector_loads=True, vector_stores=True, in_flight=True),
-    Promise(r"bias_dropout_add_kernel<double", 2, vector_loads=True, vector_stores=True),
-    Promise(r"bias_dropout_add_kernel", 4, vector_loads=True, vector_stores=True),
     Promise(r"softmax_dropout(_backward)?_kernel<double", 1, vector_loads=True, vector_stores=True),
     Promise(r"softmax_dropout(_backward)?_kernel", 2, vector_loads=True, vector_stores=True),
     Promise(r""),
 )
 
-# SASS instructions per element in the loop on sm_90: of dropout, loads, stores and tie test included; of the
+# SASS instructions per element on sm_90: of dropout from entry to exit, loads, stores and tie test included; of the
 # contiguous reductions per element loaded. At the 4.3 TB/s that a copy reaches on an H200, an SM has 13 issue
 # cycles for a warp's elements of 16 bits, and an integer instruction takes two.
 INSTRUCTIONS = {
@@ -103,9 +107,9 @@ INSTRUCTIONS = {
     "batch_norm_backward_reduce_kernel<__half, 0, true>": 8,
     "batch_norm_backward_reduce_kernel<__nv_bfloat16, 0, true>": 7,
     "batch_norm_backward_reduce_kernel<float, 0, true>": 7,
-    "dropout_forward_kernel<__half>": 18,
-    "dropout_forward_kernel<__nv_bfloat16>": 18,
-    "dropout_forward_kernel<float>": 17,
+    "dropout_forward_kernel<__half, 4>": 18,
+    "dropout_forward_kernel<__nv_bfloat16, 4>": 18,
+    "dropout_forward_kernel<float, 4>": 17,
 }
 
 

@@ -64,14 +64,14 @@ def compiled(name, header, old, new):
     return [one for one in kernels.cuda_kernels(target) if one.kernel.startswith("dropout_forward_kernel")]
 
 
-SELECT = "value[i] = lanes.kept(i, rate) ? value[i] * rate.scale : acc(0);"
+SELECT = "return keep ? x[0] * scale : acc_t<T>(0);"
 LOAD = "const uint4 v = *static_cast<const uint4*>(from);"
 FAULTS = {
     "no fault": ("dropout.cuh", SELECT, SELECT, None),
     "float64 leak": (
         "dropout.cuh",
         SELECT,
-        SELECT.replace("rate.scale", "rate.scale * (1.0 / 3)"),
+        SELECT.replace("scale", "scale * (1.0 / 3)"),
         "float64 instructions",
     ),
     "scalar loads": (
@@ -82,9 +82,9 @@ FAULTS = {
         "no 16-byte load",
     ),
     "register spill": (
-        "dropout.cuh",
-        "kDropoutBlocks = 4;",
-        "kDropoutBlocks = 8;",
+        "elementwise.cuh",
+        "kElementwiseBlocks = sizeof(T) == 8 ? 2 : 3;",
+        "kElementwiseBlocks = sizeof(T) == 8 ? 2 : 8;",
         "accesses to spilled registers",
     ),
 }
@@ -102,10 +102,12 @@ def test_planted_fault_is_found(name):
 
 
 def test_promises_are_checked_on_numbers():
-    good = resources.Resources("dropout_forward_kernel<float>", "sm_90", 64, 0, 0, 0, 4, 4, 15, 12, 0, 16.0)
+    good = resources.Resources(
+        "dropout_forward_kernel<float, 4>", "sm_90", 80, 0, 0, 0, 4, 4, 15, 12, 0, 16.0
+    )
     assert kernels.broken_promises([good]) == []
     for change in (
-        {"spills": 1}, {"stack": 8}, {"f64": 1}, {"vector_loads": 0}, {"vector_stores": 0}, {"registers": 72},
+        {"spills": 1}, {"stack": 8}, {"f64": 1}, {"vector_loads": 0}, {"vector_stores": 0}, {"registers": 88},
         {"per_element": 17.5}, {"per_element": None},
     ):  # fmt: skip
         assert len(kernels.broken_promises([replace(good, **change)])) == 1, change

@@ -31,7 +31,7 @@ def test_forward_matches_the_contract(dtype, n):
     for seed, (x_shift, y_shift, offset) in enumerate(
         itertools.product((0, 1, 3), (0, 1), (0, 3, 8, 2**35 + 3, -5))
     ):
-        emulator.configure(seed=seed)
+        emulator.configure(seed=seed, multiprocessors=1)  # so few that warps take several tiles at 20000
         y = emulator.dropout(emulator.placed(x, x_shift), key, 0.1, offset=offset,
                              out=emulator.placed(emulator.poisoned((n,), dtype), y_shift))  # fmt: skip
         assert torch.equal(y, expected(x, key, 0.1, offset)), (x_shift, y_shift, offset)

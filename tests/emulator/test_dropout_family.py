@@ -79,9 +79,12 @@ def test_dropped_channels_are_not_read():
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shared", [None, (2, 3)])
-def test_alpha_dropout(dtype, shared):
-    shape, order, key = (3, 5, 7, 9), (0, 1, 2, 3), mask.key(3)
+@pytest.mark.parametrize(
+    ("shared", "shape"), [(None, (3, 5, 7, 9)), (None, (3, 5, 7, 180)), ((2, 3), (3, 5, 7, 9))]
+)
+def test_alpha_dropout(dtype, shared, shape):
+    order, key = (0, 1, 2, 3), mask.key(3)
+    emulator.configure(multiprocessors=1)
     x = dense(shape, order, dtype)
     for p in (0.0, 0.1, 0.5, 1.0):
         keep = keep_of(shape, shared or (), key, p)
@@ -110,7 +113,7 @@ def test_alpha_dropout(dtype, shared):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("columns", [1, 3, 8, 37, 64])
+@pytest.mark.parametrize("columns", [1, 3, 8, 37, 64, 300, 456])
 @pytest.mark.parametrize("shift", [0, 1])
 def test_bias_dropout_add(dtype, columns, shift):
     emulator.configure(seed=columns, multiprocessors=1 + columns % 3)

@@ -53,9 +53,9 @@ FAULTS = {
         "WRONG: batch mean is off",
     ),
     "off by one at the tail": (
-        "dropout.cuh",
-        "j < range.head + n)",
-        "j < range.head + n + 1)",
+        "elementwise.cuh",
+        "if (at + j < 0 || at + j >= chunks.n) continue;",
+        "if (at + j < 0 || at + j > chunks.n) continue;",
         True,
         "AddressSanitizer: heap-buffer-overflow",
     ),
@@ -81,9 +81,9 @@ FAULTS = {
         "WRONG: mask differs from the contract",
     ),
     "uninitialised output": (
-        "dropout.cuh",
-        "int64_t ragged = range.whole_begin + range.chunks - whole_end;",
-        "int64_t ragged = range.whole_begin;",
+        "elementwise.cuh",
+        "if (at >= chunks.n) continue;",
+        "if (at + 7 >= chunks.n) continue;",
         False,
         "WRONG: dropout leaves its output unwritten",
     ),
@@ -95,9 +95,9 @@ FAULTS = {
         "WRONG: batch norm leaves its statistics unwritten|WRONG: batch mean is off",
     ),
     "misaligned access": (
-        "dropout.cuh",
-        "if (!is_aligned(x - head) || !is_aligned(y - head)) return",
-        "if (n < 0) return",
+        "elementwise.cuh",
+        "reinterpret_cast<uintptr_t>(p - head) % kPacketBytes == 0",
+        "p != nullptr",
         False,
         r"FAULT: misaligned access of 16 bytes .*dropout_forward_kernel.*thread \(.*of block \(",
     ),
@@ -131,7 +131,7 @@ def test_planted_fault_is_found(name):
     folder = "fault-" + name.replace(" ", "-")
     headers = native_build.changed_headers(folder, header, there, fault)
     # Only the kernels that the fault concerns are compiled anew.
-    of_dropout = header in ("dropout.cuh", "lanes.cuh")
+    of_dropout = header in ("elementwise.cuh", "lanes.cuh")
     wrong = "dropout_kernels" if of_dropout else "batch_norm_kernels"
     right = sweep(sanitized)
     program = native_build.build(

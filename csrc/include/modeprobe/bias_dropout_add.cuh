@@ -2,55 +2,49 @@
 #pragma once
 
 #include "channel_reduce.cuh"
-#include "lanes.cuh"
+#include "divisor.cuh"
+#include "elementwise.cuh"
 
 namespace modeprobe {
 
-// x, residual, y: n elements, row-major; bias: one per column, or null. One rounding, at the end.
+// The bias of a packet, whose row is found without a division where 31 bits hold the position.
 template <typename T>
-__global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : 4)
-    bias_dropout_add_kernel(const T* x, const T* bias, const T* residual, T* y, int64_t n, int64_t columns,
-                            const int64_t* key_pointer, uint64_t offset, RateSource<acc_t<T>> source) {
-  using acc = acc_t<T>;
-  constexpr int kLanes = kLanesPerChunk;
-  const Key key = load_key(key_pointer);
-  const Rate<acc> rate = resolve(source);
-  const bool aligned = is_aligned(x) && is_aligned(residual) && is_aligned(y);
-  const bool bias_aligned = is_aligned(bias) && columns % kLanes == 0;
-  const int64_t chunks = (n + kLanes - 1) / kLanes;
-  const int64_t stride = int64_t(gridDim.x) * kThreads, column_step = stride * kLanes % columns;
-  int64_t chunk = int64_t(blockIdx.x) * kThreads + threadIdx.x, column = chunk * kLanes % columns;
-  for (; chunk < chunks; chunk += stride) {
-    const int64_t at = chunk * kLanes;
-    const bool whole = aligned && at + kLanes <= n;
-    acc value[kLanes], rest[kLanes];
-    Raw<T, kLanes> raw_x, raw_rest;
-    raw_x.load(x, at, n, whole);
-    raw_rest.load(residual, at, n, whole);
-    raw_x.unpack_to(value);
-    raw_rest.unpack_to(rest);
-    if (bias) {
-      acc b[kLanes];
-      if (bias_aligned) {
-        load_elements<T, kLanes>(bias + column, b);
-      } else {
-        int64_t c = column;
-#pragma unroll
-        for (int i = 0; i < kLanes; ++i) {
-          b[i] = widen(bias[c]);
-          c = c + 1 == columns ? 0 : c + 1;
-        }
-      }
-#pragma unroll
-      for (int i = 0; i < kLanes; ++i) value[i] += b[i];
+struct BiasDropAdd {
+  acc_t<T> scale;
+  const T* bias;  // one per column, or null
+  int64_t columns;
+  Divisor divisor;
+  bool small, aligned;  // aligned: a packet is in one row, at a 16-byte border of the bias
+
+  template <int count>
+  __device__ __forceinline__ void prepare(int64_t at, acc_t<T>* out) const {
+    if (!bias) return;
+    int64_t column = small ? int64_t(divisor.rest(uint32_t(at))) : at % columns;
+    if constexpr (count % kPacket<T> == 0) {
+      if (aligned) return load_elements<T, count>(bias + column, out);
     }
-    const uint32_t keep = keep_bits_from(key, rate, offset + uint64_t(at));
 #pragma unroll
-    for (int i = 0; i < kLanes; ++i) value[i] = rest[i] + (keep >> i & 1 ? value[i] * rate.scale : acc(0));
-    store_at<T, kLanes>(y, at, n, whole, value);
-    column += column_step;
-    if (column >= columns) column -= columns;
+    for (int i = 0; i < count; ++i) {
+      out[i] = widen(bias[column]);
+      column = column + 1 == columns ? 0 : column + 1;
+    }
   }
+  // One rounding, at the end.
+  __device__ __forceinline__ acc_t<T> operator()(const acc_t<T> (&value)[2], acc_t<T> extra,
+                                                 bool keep) const {
+    const acc_t<T> x = bias ? value[0] + extra : value[0];
+    return value[1] + (keep ? x * scale : acc_t<T>(0));
+  }
+};
+
+// x, residual, y: n elements, row-major.
+template <typename T, int share>
+__global__ void __launch_bounds__(kThreads, kElementwiseBlocks<T>)
+    bias_dropout_add_kernel(Chunks chunks, const T* x, const T* residual, T* y, const int64_t* key,
+                            RateSource<acc_t<T>> source, BiasDropAdd<T> use) {
+  const Rate<acc_t<T>> rate = resolve(source);
+  use.scale = rate.scale;
+  for_elements<T, share>(chunks, {x, residual}, y, load_key(key), rate, use);
 }
 
 template <typename T>
@@ -58,9 +52,17 @@ cudaError_t launch_bias_dropout_add(const T* x, const T* bias, const T* residual
                                     int64_t columns, const int64_t* key, uint64_t offset, double p,
                                     const void* p_on_device, cudaStream_t stream) {
   if (n == 0) return cudaSuccess;
-  const auto kernel = bias_dropout_add_kernel<T>;
-  return launch(kernel, dim3(grid_stride_blocks(kernel, n / kLanesPerChunk + 1, 4)), dim3(kThreads), stream,
-                x, bias, residual, y, n, columns, key, offset, rate_source<acc_t<T>>(p, p_on_device, true));
+  const Chunks chunks = chunks_of<T>(n, offset, x, residual, y);
+  // A packet begins at a multiple of its length less the chunks' head.
+  const bool aligned = columns % kPacket<T> == 0 && chunks.head % kPacket<T> == 0 &&
+                       reinterpret_cast<uintptr_t>(bias) % kPacketBytes == 0;
+  const bool small = n <= Divisor::kMost;
+  const BiasDropAdd<T> use{acc_t<T>(0), bias,   columns, Divisor(small ? uint32_t(columns) : 1),
+                           small,       aligned};
+  constexpr int kOwn = kShare<T, 2>;
+  return launch_elementwise<kOwn>(bias_dropout_add_kernel<T, kOwn>, bias_dropout_add_kernel<T, 1>, chunks,
+                                  stream, x, residual, y, key, rate_source<acc_t<T>>(p, p_on_device, true),
+                                  use);
 }
 
 // Neighbouring columns per thread: those of a chunk share its random numbers.

@@ -136,8 +136,6 @@ __device__ __forceinline__ Lanes<chunks> decide(Key key, const Rate<acc>& rate, 
 // access of a lane continues its neighbour's: lane l has half l & 1 of chunk l / 2 of either row. It draws
 // for the one of these chunks that paired_chunk() names, and exchanges halves with the lane that draws for
 // the other.
-constexpr int kPairedChunks = kWarp;
-
 __device__ __forceinline__ int paired_chunk(int lane) { return lane / 2 + (lane & 1) * (kWarp / 2); }
 
 __device__ __forceinline__ Words exchange_halves(const Words& own, int lane) {

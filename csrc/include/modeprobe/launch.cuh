@@ -78,6 +78,9 @@ cudaError_t launch(void (*kernel)(Params...), dim3 grid, dim3 block, cudaStream_
   return launch_with_shared(kernel, grid, block, 0, 0, stream, args...);
 }
 
+// For a kernel that does one item per thread.
+inline unsigned blocks_for(int64_t items) { return unsigned((items + kThreads - 1) / kThreads); }
+
 // Blocks of a kernel that reside on a multiprocessor together, no more than `most`. A grid of a few more than
 // the GPU holds would end in a wave that leaves most of it idle.
 template <typename... Params>

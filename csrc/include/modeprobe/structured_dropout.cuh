@@ -3,7 +3,8 @@
 #pragma once
 
 #include "channels.cuh"
-#include "lanes.cuh"
+#include "divisor.cuh"
+#include "elementwise.cuh"
 
 namespace modeprobe {
 
@@ -14,6 +15,7 @@ constexpr int kMaxWalk = 12;
 struct MaskWalk {
   int dims;
   int64_t size[kMaxWalk], step[kMaxWalk];
+  Divisor divisor[kMaxWalk];  // by size; for tensors of up to Divisor::kMost elements
 };
 
 template <typename acc>
@@ -48,100 +50,139 @@ AffineSource<acc> alpha_source(double p, bool linear) {
   return {{acc(a), acc(b), acc(a * saturation + b)}, true, linear};
 }
 
-// One bit per element from position `at` on, eight of them.
-template <typename Int, typename acc>
-__device__ __forceinline__ uint32_t walk_bits(const MaskWalk& walk, Key key, const Rate<acc>& rate,
-                                              uint64_t offset, Int at, Int end) {
+template <typename acc>
+__device__ __forceinline__ Affine<acc> resolve(const AffineSource<acc>& source, const Rate<acc>& rate,
+                                               const RateSource<acc>& rate_from) {
+  if (!source.alpha) return {rate.scale, acc(0), acc(0)};
+  if (!rate_from.device_bits) return source.affine;
+  return alpha_affine<acc>(keep_probability(*rate_from.device_bits), source.linear);
+}
+
+// How many elements from a position on are neighbours in the mask's walk, and the first one's index there.
+struct Run {
+  uint64_t index;
+  int64_t length;
+};
+
+template <bool small>
+__device__ __forceinline__ Run run_at(const MaskWalk& walk, uint64_t offset, int64_t at) {
+  const auto split = [&](int d, int64_t value, int64_t* above) {
+    if constexpr (small) {
+      const uint32_t quotient = walk.divisor[d].quotient(uint32_t(value));
+      *above = quotient;
+      return int64_t(uint32_t(value) - quotient * walk.divisor[d].value);
+    } else {
+      *above = value / walk.size[d];
+      return value - *above * walk.size[d];
+    }
+  };
   const int inner = walk.dims - 1;
-  const Int length = Int(walk.size[inner]);
-  uint32_t result = 0, bits = 0;
-  uint64_t cached = ~uint64_t{0};
-  Int within = 0, left = 0;
-  uint64_t base = 0;
-  for (int lane = 0; lane < kLanesPerChunk && at + lane < end; ++lane) {
-    if (left == 0) {
-      Int rest = (at + lane) / length;
-      within = (at + lane) - rest * length;
-      left = length - within;
-      base = offset;
-      for (int d = inner - 1; d >= 0; --d) {
-        const Int size = Int(walk.size[d]), above = rest / size;
-        base += uint64_t(rest - above * size) * uint64_t(walk.step[d]);
-        rest = above;
+  int64_t rest;
+  const int64_t within = split(inner, at, &rest);
+  uint64_t index = offset + uint64_t(within) * uint64_t(walk.step[inner]);
+  for (int d = inner - 1; d > 0; --d) {
+    int64_t above;
+    const int64_t here = split(d, rest, &above);
+    index += uint64_t(here) * uint64_t(walk.step[d]);
+    rest = above;
+  }
+  if (inner > 0) index += uint64_t(rest) * uint64_t(walk.step[0]);
+  return {index, walk.size[inner] - within};
+}
+
+// One bit per element from position `at` on, eight of them.
+template <bool small, typename acc>
+__device__ __forceinline__ uint32_t walk_bits(const MaskWalk& walk, Key key, const Rate<acc>& rate,
+                                              uint64_t offset, int64_t at, int64_t end) {
+  const uint64_t step = uint64_t(walk.step[walk.dims - 1]);
+  uint32_t result = 0;
+  int lane = 0;
+  while (lane < kLanesPerChunk && at + lane < end) {
+    const Run run = run_at<small>(walk, offset, at + lane);
+    const int count = run.length < kLanesPerChunk - lane ? int(run.length) : kLanesPerChunk - lane;
+    uint32_t bits = 0;
+    if (step == 1) {
+      bits = keep_bits_from(key, rate, run.index);
+    } else {
+      for (int i = 0; i < (step == 0 ? 1 : count); ++i) {
+        const uint64_t index = run.index + uint64_t(i) * step;
+        bits |= (keep_byte(key, rate, index / kLanesPerChunk) >> (index % kLanesPerChunk) & 1u) << i;
       }
+      if (step == 0) bits = bits ? ~0u : 0;
     }
-    const uint64_t index = base + uint64_t(within) * uint64_t(walk.step[inner]);
-    if (index / kLanesPerChunk != cached) {
-      cached = index / kLanesPerChunk;
-      bits = keep_byte(key, rate, cached);
-    }
-    result |= (bits >> (index % kLanesPerChunk) & 1u) << lane;
-    ++within;
-    --left;
+    result |= (bits & ((1u << count) - 1)) << lane;
+    lane += count;
   }
   return result;
 }
 
-// x and y: dense, n elements in memory order. A chunk in which everything is dropped is not read.
-template <typename T, bool walked>
-__global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2
-                                            : walked       ? 3
-                                                           : 4)
-    structured_dropout_kernel(const T* x, T* y, int64_t n, MaskWalk walk, const int64_t* key_pointer,
-                              uint64_t offset, RateSource<acc_t<T>> rate_from,
-                              AffineSource<acc_t<T>> affine_from) {
+// x and y: dense, n elements in memory order; a chunk per thread, in blocks that do not stay (see
+// elementwise.cuh). A chunk in which everything is dropped is not read.
+template <typename T, bool small>
+__global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : 4)
+    structured_dropout_kernel(const T* x, T* y, int64_t n, MaskWalk walk, const int64_t* key, uint64_t offset,
+                              RateSource<acc_t<T>> rate_from, AffineSource<acc_t<T>> affine_from) {
   using acc = acc_t<T>;
   constexpr int kLanes = kLanesPerChunk;
-  const Key key = load_key(key_pointer);
+  const int64_t at = (int64_t(blockIdx.x) * kThreads + threadIdx.x) * kLanes;
+  if (at >= n) return;
   const Rate<acc> rate = resolve(rate_from);
-  Affine<acc> affine = affine_from.affine;
-  if (!affine_from.alpha) {
-    affine = {rate.scale, acc(0), acc(0)};
-  } else if (rate_from.device_bits) {
-    affine = alpha_affine<acc>(keep_probability(*rate_from.device_bits), affine_from.linear);
+  const Affine<acc> affine = resolve(affine_from, rate, rate_from);
+  const bool whole = is_aligned(x) && is_aligned(y) && at + kLanes <= n;
+  const uint32_t keep = walk_bits<small>(walk, load_key(key), rate, offset, at, n);
+  acc value[kLanes];
+  if (keep != 0) load_at<T, kLanes>(x, at, n, whole, value);
+  if (affine_from.alpha) {
+#pragma unroll
+    for (int i = 0; i < kLanes; ++i)
+      value[i] = keep >> i & 1 ? value[i] * affine.scale + affine.shift : affine.fill;
+  } else {
+#pragma unroll
+    for (int i = 0; i < kLanes; ++i) value[i] = keep >> i & 1 ? value[i] * affine.scale : acc(0);
   }
-  const bool aligned = is_aligned(x) && is_aligned(y), small = n < int64_t(UINT32_MAX) - kLanes;
-  const int64_t chunks = (n + kLanes - 1) / kLanes;
-  for (int64_t chunk = int64_t(blockIdx.x) * kThreads + threadIdx.x; chunk < chunks;
-       chunk += int64_t(gridDim.x) * kThreads) {
-    const int64_t at = chunk * kLanes;
-    const bool whole = aligned && at + kLanes <= n;
-    uint32_t keep;
-    if constexpr (walked)
-      keep = small ? walk_bits<uint32_t>(walk, key, rate, offset, uint32_t(at), uint32_t(n))
-                   : walk_bits<uint64_t>(walk, key, rate, offset, uint64_t(at), uint64_t(n));
-    else
-      keep = keep_bits_from(key, rate, offset + uint64_t(at));
-    acc value[kLanes];
-    if (keep != 0) {
-      load_at<T, kLanes>(x, at, n, whole, value);
-      if (affine_from.alpha) {
-#pragma unroll
-        for (int i = 0; i < kLanes; ++i)
-          value[i] = keep >> i & 1 ? value[i] * affine.scale + affine.shift : affine.fill;
-      } else {
-#pragma unroll
-        for (int i = 0; i < kLanes; ++i) value[i] = keep >> i & 1 ? value[i] * affine.scale : acc(0);
-      }
-    } else {
-#pragma unroll
-      for (int i = 0; i < kLanes; ++i) value[i] = affine.fill;
-    }
-    store_at<T, kLanes>(y, at, n, whole, value);
-  }
+  store_at<T, kLanes>(y, at, n, whole, value);
 }
 
-// walk.dims = 0: every element has its own decision. alpha_p: alpha dropout with that p (and p_on_device).
 template <typename T>
-cudaError_t launch_structured_dropout(const T* x, T* y, int64_t n, const MaskWalk& walk, const int64_t* key,
+struct AlphaDrop {
+  Affine<acc_t<T>> affine;
+
+  template <int count>
+  __device__ __forceinline__ void prepare(int64_t, acc_t<T>*) const {}
+  __device__ __forceinline__ acc_t<T> operator()(const acc_t<T> (&x)[1], acc_t<T>, bool keep) const {
+    return keep ? x[0] * affine.scale + affine.shift : affine.fill;
+  }
+};
+
+template <typename T, int share>
+__global__ void __launch_bounds__(kThreads, kElementwiseBlocks<T>)
+    alpha_dropout_kernel(Chunks chunks, const T* x, T* y, const int64_t* key, RateSource<acc_t<T>> rate_from,
+                         AffineSource<acc_t<T>> affine_from) {
+  const Rate<acc_t<T>> rate = resolve(rate_from);
+  for_elements<T, share>(chunks, {x}, y, load_key(key), rate,
+                         AlphaDrop<T>{resolve(affine_from, rate, rate_from)});
+}
+
+// walk.dims = 0: every element has its own decision, with alpha dropout. alpha: with that p (and
+// p_on_device).
+template <typename T>
+cudaError_t launch_structured_dropout(const T* x, T* y, int64_t n, MaskWalk walk, const int64_t* key,
                                       uint64_t offset, double p, const void* p_on_device, bool scaled,
                                       bool alpha, bool linear, cudaStream_t stream) {
   using acc = acc_t<T>;
   if (n == 0) return cudaSuccess;
-  const auto kernel = walk.dims ? structured_dropout_kernel<T, true> : structured_dropout_kernel<T, false>;
+  const auto rate = rate_source<acc>(p, p_on_device, scaled);
   const auto affine = alpha ? alpha_source<acc>(p, linear) : AffineSource<acc>{};
-  return launch(kernel, dim3(grid_stride_blocks(kernel, n / kLanesPerChunk + 1, 4)), dim3(kThreads), stream,
-                x, y, n, walk, key, offset, rate_source<acc>(p, p_on_device, scaled), affine);
+  if (walk.dims == 0) {
+    const Chunks chunks = chunks_of<T>(n, offset, x, y);
+    return launch_elementwise<kShare<T>>(alpha_dropout_kernel<T, kShare<T>>, alpha_dropout_kernel<T, 1>,
+                                         chunks, stream, x, y, key, rate, affine);
+  }
+  const bool small = n <= Divisor::kMost;
+  for (int d = 0; small && d < walk.dims; ++d) walk.divisor[d] = Divisor(uint32_t(walk.size[d]));
+  const auto kernel = small ? structured_dropout_kernel<T, true> : structured_dropout_kernel<T, false>;
+  return launch(kernel, dim3(blocks_for(n / kLanesPerChunk + 1)), dim3(kThreads), stream, x, y, n, walk, key,
+                offset, rate, affine);
 }
 
 }  // namespace modeprobe
