@@ -74,6 +74,12 @@ __device__ __forceinline__ void for_chunks(RowChunks r, int64_t n, bool aligned,
   }
 }
 
+// The greater one, and NaN where there is one.
+template <typename acc>
+__device__ __forceinline__ acc greater(acc a, acc b) {
+  return b > a || b != b ? b : a;
+}
+
 // Scores of one chunk with the mask applied; -inf outside the row.
 template <typename T>
 __device__ __forceinline__ void unpack_scores(const Raw<T, kLanesPerChunk>& raw, const ScoreMask& mask,
@@ -130,7 +136,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 2)
           unpack_scores(raw[0], mask, mask_base, r, value);
           acc here = most;
 #pragma unroll
-          for (int i = 0; i < kLanes; ++i) here = value[i] > here || value[i] != value[i] ? value[i] : here;
+          for (int i = 0; i < kLanes; ++i) here = greater(here, value[i]);
           if (here == -acc(INFINITY)) return;
           acc part = 0;
 #pragma unroll
@@ -142,7 +148,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 2)
     for (int half = kWarp / 2; half > 0; half /= 2) {
       const acc other_most = __shfl_xor_sync(kFullWarp, most, half),
                 other = __shfl_xor_sync(kFullWarp, sum, half);
-      const acc both = other_most > most || other_most != other_most ? other_most : most;
+      const acc both = greater(most, other_most);
       if (both != -acc(INFINITY))
         sum = (most == -acc(INFINITY) ? acc(0) : sum * exp(most - both)) +
               (other_most == -acc(INFINITY) ? acc(0) : other * exp(other_most - both));
@@ -218,9 +224,145 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 2)
   }
 }
 
+// The same for rows of up to held * kWarp chunks, which stay in registers: read once, with one exponential
+// and one decision each. A warp does one row and ends.
+template <typename T, int held>
+constexpr int kHeldBlocks = held == 1 ? 4 : held == 2 ? 3 : 2;
+
+template <typename T, int held>
+__global__ void __launch_bounds__(kThreads, kHeldBlocks<T, held>)
+    softmax_dropout_held_kernel(const T* scores, ScoreMask mask, T* y, T* probabilities, int64_t rows,
+                                int64_t length, const int64_t* key_pointer, uint64_t offset,
+                                RateSource<acc_t<T>> source) {
+  using acc = acc_t<T>;
+  constexpr int kLanes = kLanesPerChunk;
+  const int64_t row = int64_t(blockIdx.x) * blockDim.y + threadIdx.y, n = rows * length;
+  if (row >= rows) return;
+  const bool aligned = is_aligned(scores), out_aligned = is_aligned(y) && is_aligned(probabilities);
+  const int64_t mask_base = mask.data ? mask.row_base(row) : 0;
+  const RowChunks first(row, length);
+  acc value[held][kLanes], most = -acc(INFINITY), sum = 0;
+  {
+    Raw<T, kLanes> raw[held];
+    RowChunks r = first;
+#pragma unroll
+    for (int k = 0; k < held; ++k, r.advance())
+      if (!r.done()) raw[k].load(scores, r.at(), n, aligned && r.at() + kLanes <= n);
+    r = first;
+#pragma unroll
+    for (int k = 0; k < held; ++k, r.advance()) {
+      if (r.done()) {
+#pragma unroll
+        for (int i = 0; i < kLanes; ++i) value[k][i] = -acc(INFINITY);
+        continue;
+      }
+      unpack_scores(raw[k], mask, mask_base, r, value[k]);
+#pragma unroll
+      for (int i = 0; i < kLanes; ++i) most = greater(most, value[k][i]);
+    }
+  }
+  for (int half = kWarp / 2; half > 0; half /= 2)
+    most = greater(most, __shfl_xor_sync(kFullWarp, most, half));
+#pragma unroll
+  for (int k = 0; k < held; ++k)
+#pragma unroll
+    for (int i = 0; i < kLanes; ++i) {
+      value[k][i] = most == -acc(INFINITY) ? acc(0) : exp(value[k][i] - most);
+      sum += value[k][i];
+    }
+  for (int half = kWarp / 2; half > 0; half /= 2) sum += __shfl_xor_sync(kFullWarp, sum, half);
+  const acc inverse = sum == acc(0) ? acc(0) : acc(1) / sum;
+  const Key key = load_key(key_pointer);
+  const Rate<acc> rate = resolve(source);
+  RowChunks r = first;
+#pragma unroll
+  for (int k = 0; k < held; ++k, r.advance()) {
+    if (r.done()) continue;
+#pragma unroll
+    for (int i = 0; i < kLanes; ++i) value[k][i] *= inverse;
+    if (probabilities) store_row(probabilities, r, out_aligned, value[k]);
+    const uint32_t keep = keep_bits_from(key, rate, offset + uint64_t(r.at()));
+#pragma unroll
+    for (int i = 0; i < kLanes; ++i) value[k][i] = keep >> i & 1 ? value[k][i] * rate.scale : acc(0);
+    store_row(y, r, out_aligned, value[k]);
+  }
+}
+
+template <typename T, int held>
+__global__ void __launch_bounds__(kThreads, kHeldBlocks<T, held>)
+    softmax_dropout_backward_held_kernel(const T* dy, const T* probabilities, T* ds, int64_t rows,
+                                         int64_t length, const int64_t* key_pointer, uint64_t offset,
+                                         RateSource<acc_t<T>> source) {
+  using acc = acc_t<T>;
+  constexpr int kLanes = kLanesPerChunk;
+  const int64_t row = int64_t(blockIdx.x) * blockDim.y + threadIdx.y, n = rows * length;
+  if (row >= rows) return;
+  const Key key = load_key(key_pointer);
+  const Rate<acc> rate = resolve(source);
+  const bool aligned = is_aligned(dy) && is_aligned(probabilities), out_aligned = is_aligned(ds);
+  const RowChunks first(row, length);
+  Raw<T, kLanes> raw_d[held], raw_p[held];
+  uint32_t keep[held];
+  acc sum = 0;
+  RowChunks r = first;
+#pragma unroll
+  for (int k = 0; k < held; ++k, r.advance()) {
+    if (r.done()) continue;
+    const bool whole = aligned && r.at() + kLanes <= n;
+    raw_d[k].load(dy, r.at(), n, whole);
+    raw_p[k].load(probabilities, r.at(), n, whole);
+  }
+  const auto unpack = [&](int k, acc* d, acc* p) {
+    raw_d[k].unpack_to(d);
+    raw_p[k].unpack_to(p);
+#pragma unroll
+    for (int i = 0; i < kLanes; ++i) d[i] = keep[k] >> i & 1 ? d[i] * rate.scale : acc(0);
+  };
+  r = first;
+#pragma unroll
+  for (int k = 0; k < held; ++k, r.advance()) {
+    if (r.done()) continue;
+    keep[k] = keep_bits_from(key, rate, offset + uint64_t(r.at()));
+    acc d[kLanes], p[kLanes];
+    unpack(k, d, p);
+#pragma unroll
+    for (int i = 0; i < kLanes; ++i)
+      if (r.inside(i)) sum += d[i] * p[i];
+  }
+  for (int half = kWarp / 2; half > 0; half /= 2) sum += __shfl_xor_sync(kFullWarp, sum, half);
+  r = first;
+#pragma unroll
+  for (int k = 0; k < held; ++k, r.advance()) {
+    if (r.done()) continue;
+    acc d[kLanes], p[kLanes];
+    unpack(k, d, p);
+#pragma unroll
+    for (int i = 0; i < kLanes; ++i) d[i] = p[i] * (d[i] - sum);
+    store_row(ds, r, out_aligned, d);
+  }
+}
+
+inline unsigned row_blocks(int64_t rows) { return unsigned((rows + kWarps - 1) / kWarps); }
+
+// For warps that go from row to row.
 inline unsigned softmax_blocks(int64_t rows) {
-  const int64_t wanted = (rows + kWarps - 1) / kWarps, most = int64_t(multiprocessors()) * 8;
+  const int64_t wanted = row_blocks(rows), most = int64_t(multiprocessors()) * 8;
   return unsigned(wanted < most ? wanted : most);
+}
+
+// Calls run(held) with the chunks per lane that a row's registers must hold, as a constant; 0: too many.
+template <typename T, typename Run>
+cudaError_t with_held(int64_t length, const Run& run) {
+  if constexpr (sizeof(T) < 8) {
+    // Rows that do not begin at a chunk's border reach into one more.
+    const int64_t chunks = (length + kLanesPerChunk - 1) / kLanesPerChunk + (length % kLanesPerChunk != 0);
+    if (chunks <= kWarp) return run(std::integral_constant<int, 1>());
+    if (chunks <= 2 * kWarp) return run(std::integral_constant<int, 2>());
+    if (chunks <= 4 * kWarp) return run(std::integral_constant<int, 4>());
+    if constexpr (sizeof(T) == 2)
+      if (chunks <= 8 * kWarp) return run(std::integral_constant<int, 8>());
+  }
+  return run(std::integral_constant<int, 0>());
 }
 
 // Row-major scores, y and probabilities of rows * length elements.
@@ -229,9 +371,13 @@ cudaError_t launch_softmax_dropout(const T* scores, const ScoreMask& mask, T* y,
                                    int64_t rows, int64_t length, const int64_t* key, uint64_t offset,
                                    double p, const void* p_on_device, cudaStream_t stream) {
   if (rows == 0 || length == 0) return cudaSuccess;
-  return launch(softmax_dropout_kernel<T>, dim3(softmax_blocks(rows)), dim3(kWarp, kWarps), stream, scores,
-                mask, y, probabilities, rows, length, key, offset,
-                rate_source<acc_t<T>>(p, p_on_device, true));
+  return with_held<T>(length, [&](auto held) {
+    auto kernel = softmax_dropout_kernel<T>;
+    if constexpr (held > 0) kernel = softmax_dropout_held_kernel<T, held>;
+    return launch(kernel, dim3(held ? row_blocks(rows) : softmax_blocks(rows)), dim3(kWarp, kWarps), stream,
+                  scores, mask, y, probabilities, rows, length, key, offset,
+                  rate_source<acc_t<T>>(p, p_on_device, true));
+  });
 }
 
 template <typename T>
@@ -239,9 +385,13 @@ cudaError_t launch_softmax_dropout_backward(const T* dy, const T* probabilities,
                                             int64_t length, const int64_t* key, uint64_t offset, double p,
                                             const void* p_on_device, cudaStream_t stream) {
   if (rows == 0 || length == 0) return cudaSuccess;
-  return launch(softmax_dropout_backward_kernel<T>, dim3(softmax_blocks(rows)), dim3(kWarp, kWarps), stream,
-                dy, probabilities, ds, rows, length, key, offset,
-                rate_source<acc_t<T>>(p, p_on_device, true));
+  return with_held<T>(length, [&](auto held) {
+    auto kernel = softmax_dropout_backward_kernel<T>;
+    if constexpr (held > 0) kernel = softmax_dropout_backward_held_kernel<T, held>;
+    return launch(kernel, dim3(held ? row_blocks(rows) : softmax_blocks(rows)), dim3(kWarp, kWarps), stream,
+                  dy, probabilities, ds, rows, length, key, offset,
+                  rate_source<acc_t<T>>(p, p_on_device, true));
+  });
 }
 
 }  // namespace modeprobe
