@@ -92,6 +92,7 @@ PROMISES = (
     Promise(r"structured_dropout_kernel", 4, vector_loads=True, vector_stores=True),
     Promise(r"bias_dropout_add_backward_kernel<\w+, 1>", 2),
     Promise(r"bias_dropout_add_backward_kernel", 2, vector_loads=True, vector_stores=True, in_flight=True),
+    Promise(r"softmax_dropout(_backward)?_held_kernel", 1, vector_loads=True, vector_stores=True),
     Promise(r"softmax_dropout(_backward)?_kernel<double", 1, vector_loads=True, vector_stores=True),
     Promise(r"softmax_dropout(_backward)?_kernel", 2, vector_loads=True, vector_stores=True),
     Promise(r""),

@@ -39,7 +39,7 @@ struct BiasDropAdd {
 
 // x, residual, y: n elements, row-major.
 template <typename T, int share>
-__global__ void __launch_bounds__(kThreads, kElementwiseBlocks<T>)
+__global__ void __launch_bounds__(kThreads, kElementwiseBlocks<T, 2>)
     bias_dropout_add_kernel(Chunks chunks, const T* x, const T* residual, T* y, const int64_t* key,
                             RateSource<acc_t<T>> source, BiasDropAdd<T> use) {
   const Rate<acc_t<T>> rate = resolve(source);

@@ -43,6 +43,7 @@ struct RowChunks {
   __device__ __forceinline__ bool inside(int lane) const {
     return at() + lane >= start && at() + lane < start + length;
   }
+  __device__ __forceinline__ bool whole() const { return inside(0) && inside(kLanesPerChunk - 1); }
 };
 
 // Chunks of a row that a thread waits for together: two, where they and their arithmetic fit into 128
@@ -74,10 +75,33 @@ __device__ __forceinline__ void for_chunks(RowChunks r, int64_t n, bool aligned,
   }
 }
 
+// e^x for x <= 0. Where 16 bits are stored, the hardware's 2^x is exact enough.
+template <typename T>
+__device__ __forceinline__ acc_t<T> exp_of(acc_t<T> x) {
+  if constexpr (sizeof(T) == 2) {
+    const float power = x * 1.4426950408889634f;
+#if defined(__CUDA_ARCH__)
+    float result;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(power));
+    return result;
+#else
+    return exp2f(power);
+#endif
+  } else {
+    return exp(x);
+  }
+}
+
 // The greater one, and NaN where there is one.
 template <typename acc>
 __device__ __forceinline__ acc greater(acc a, acc b) {
   return b > a || b != b ? b : a;
+}
+
+template <typename T>
+__device__ __forceinline__ acc_t<T> masked_score(const ScoreMask& mask, int64_t at, acc_t<T> score) {
+  if (mask.is_bool) return static_cast<const uint8_t*>(mask.data)[at] ? score : -acc_t<T>(INFINITY);
+  return score + widen(static_cast<const T*>(mask.data)[at]);
 }
 
 // Scores of one chunk with the mask applied; -inf outside the row.
@@ -88,16 +112,13 @@ __device__ __forceinline__ void unpack_scores(const Raw<T, kLanesPerChunk>& raw,
   constexpr int kLanes = kLanesPerChunk;
   const acc nothing = -acc(INFINITY);
   raw.unpack_to(value);
+  if (!mask.data && r.whole()) return;
 #pragma unroll
   for (int i = 0; i < kLanes; ++i) {
     if (!r.inside(i)) {
       value[i] = nothing;
     } else if (mask.data) {
-      const int64_t j = mask_base + (r.at() + i - r.start) * mask.inner_step;
-      if (mask.is_bool)
-        value[i] = static_cast<const uint8_t*>(mask.data)[j] ? value[i] : nothing;
-      else
-        value[i] += widen(static_cast<const T*>(mask.data)[j]);
+      value[i] = masked_score<T>(mask, mask_base + (r.at() + i - r.start) * mask.inner_step, value[i]);
     }
   }
 }
@@ -105,8 +126,7 @@ __device__ __forceinline__ void unpack_scores(const Raw<T, kLanesPerChunk>& raw,
 // Elements inside the row are stored; the chunk at a row's border is shared with its neighbour.
 template <typename T>
 __device__ __forceinline__ void store_row(T* to, const RowChunks& r, bool aligned, const acc_t<T>* value) {
-  const bool whole = aligned && r.inside(0) && r.inside(kLanesPerChunk - 1);
-  if (whole) return store_elements<T, kLanesPerChunk>(to + r.at(), value);
+  if (aligned && r.whole()) return store_elements<T, kLanesPerChunk>(to + r.at(), value);
 #pragma unroll
   for (int i = 0; i < kLanesPerChunk; ++i)
     if (r.inside(i)) to[r.at() + i] = narrow<T>(value[i]);
@@ -140,8 +160,8 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 2)
           if (here == -acc(INFINITY)) return;
           acc part = 0;
 #pragma unroll
-          for (int i = 0; i < kLanes; ++i) part += exp(value[i] - here);
-          sum = (most == -acc(INFINITY) ? acc(0) : sum * exp(most - here)) + part;
+          for (int i = 0; i < kLanes; ++i) part += exp_of<T>(value[i] - here);
+          sum = (most == -acc(INFINITY) ? acc(0) : sum * exp_of<T>(most - here)) + part;
           most = here;
         },
         scores);
@@ -150,8 +170,8 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 2)
                 other = __shfl_xor_sync(kFullWarp, sum, half);
       const acc both = greater(most, other_most);
       if (both != -acc(INFINITY))
-        sum = (most == -acc(INFINITY) ? acc(0) : sum * exp(most - both)) +
-              (other_most == -acc(INFINITY) ? acc(0) : other * exp(other_most - both));
+        sum = (most == -acc(INFINITY) ? acc(0) : sum * exp_of<T>(most - both)) +
+              (other_most == -acc(INFINITY) ? acc(0) : other * exp_of<T>(other_most - both));
       most = both;
     }
     // Rounded products are added in another order on each lane: all take the first one's.
@@ -165,7 +185,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 2)
           unpack_scores(raw[0], mask, mask_base, r, value);
 #pragma unroll
           for (int i = 0; i < kLanes; ++i)
-            value[i] = most == -acc(INFINITY) ? acc(0) : exp(value[i] - most) * inverse;
+            value[i] = most == -acc(INFINITY) ? acc(0) : exp_of<T>(value[i] - most) * inverse;
           if (probabilities) store_row(probabilities, r, out_aligned, value);
           const uint32_t keep = keep_bits_from(key, rate, offset + uint64_t(r.at()));
 #pragma unroll
@@ -226,8 +246,56 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 2)
 
 // The same for rows of up to held * kWarp chunks, which stay in registers: read once, with one exponential
 // and one decision each. A warp does one row and ends.
+
+// A lane's chunks of its row; positions within the row fit into 32 bits.
+struct HeldRow {
+  int64_t start;  // of the row
+  int length, first;
+
+  __device__ __forceinline__ HeldRow(int64_t row, int64_t length)
+      : start(row * length),
+        length(int(length)),
+        first(int(threadIdx.x) * kLanesPerChunk - int(start % kLanesPerChunk)) {}
+  // Position of the k-th chunk; it may begin before the row.
+  __device__ __forceinline__ int at(int k) const { return first + k * kWarp * kLanesPerChunk; }
+  __device__ __forceinline__ bool done(int k) const { return at(k) >= length; }
+  __device__ __forceinline__ bool whole(int k) const {
+    return at(k) >= 0 && at(k) + kLanesPerChunk <= length;
+  }
+  __device__ __forceinline__ bool inside(int k, int lane) const {
+    return at(k) + lane >= 0 && at(k) + lane < length;
+  }
+
+  template <typename T>
+  __device__ __forceinline__ void load(const T* from, bool aligned, int k,
+                                       Raw<T, kLanesPerChunk>& raw) const {
+    raw.load(from + start, at(k), length, aligned && whole(k));
+  }
+  template <typename T>
+  __device__ __forceinline__ void store(T* to, bool aligned, int k, const acc_t<T>* value) const {
+    to += start + at(k);
+    if (aligned && whole(k)) return store_elements<T, kLanesPerChunk>(to, value);
+#pragma unroll
+    for (int i = 0; i < kLanesPerChunk; ++i)
+      if (inside(k, i)) to[i] = narrow<T>(value[i]);
+  }
+  template <typename acc>
+  __device__ __forceinline__ uint32_t keep(Key key, const Rate<acc>& rate, uint64_t offset, int k) const {
+    return keep_bits_from(key, rate, offset + uint64_t(start + at(k)));
+  }
+};
+
+// Resident per multiprocessor, as far as no register is spilled; on sm_100 ptxas needs more of them.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr int kHeldTwice = 2;
+#else
+constexpr int kHeldTwice = 3;
+#endif
 template <typename T, int held>
-constexpr int kHeldBlocks = held == 1 ? 4 : held == 2 ? 3 : 2;
+constexpr int kHeldBlocks = held == 1   ? 5
+                            : held == 2 ? kHeldTwice
+                            : held == 4 ? 2
+                                        : 1;
 
 template <typename T, int held>
 __global__ void __launch_bounds__(kThreads, kHeldBlocks<T, held>)
@@ -236,81 +304,95 @@ __global__ void __launch_bounds__(kThreads, kHeldBlocks<T, held>)
                                 RateSource<acc_t<T>> source) {
   using acc = acc_t<T>;
   constexpr int kLanes = kLanesPerChunk;
-  const int64_t row = int64_t(blockIdx.x) * blockDim.y + threadIdx.y, n = rows * length;
+  const int64_t row = int64_t(blockIdx.x) * blockDim.y + threadIdx.y;
   if (row >= rows) return;
-  const bool aligned = is_aligned(scores), out_aligned = is_aligned(y) && is_aligned(probabilities);
-  const int64_t mask_base = mask.data ? mask.row_base(row) : 0;
-  const RowChunks first(row, length);
+  const HeldRow r(row, length);
   acc value[held][kLanes], most = -acc(INFINITY), sum = 0;
   {
     Raw<T, kLanes> raw[held];
-    RowChunks r = first;
+    const bool aligned = is_aligned(scores);
 #pragma unroll
-    for (int k = 0; k < held; ++k, r.advance())
-      if (!r.done()) raw[k].load(scores, r.at(), n, aligned && r.at() + kLanes <= n);
-    r = first;
+    for (int k = 0; k < held; ++k)
+      if (!r.done(k)) r.load(scores, aligned, k, raw[k]);
 #pragma unroll
-    for (int k = 0; k < held; ++k, r.advance()) {
-      if (r.done()) {
+    for (int k = 0; k < held; ++k) {
+      if (!r.done(k)) raw[k].unpack_to(value[k]);
+      if (!r.whole(k)) {
 #pragma unroll
-        for (int i = 0; i < kLanes; ++i) value[k][i] = -acc(INFINITY);
-        continue;
+        for (int i = 0; i < kLanes; ++i)
+          if (!r.inside(k, i)) value[k][i] = -acc(INFINITY);
       }
-      unpack_scores(raw[k], mask, mask_base, r, value[k]);
-#pragma unroll
-      for (int i = 0; i < kLanes; ++i) most = greater(most, value[k][i]);
     }
   }
+  if (mask.data) {
+    const int64_t base = mask.row_base(row);
+#pragma unroll
+    for (int k = 0; k < held; ++k)
+#pragma unroll
+      for (int i = 0; i < kLanes; ++i)
+        if (r.inside(k, i))
+          value[k][i] = masked_score<T>(mask, base + (r.at(k) + i) * mask.inner_step, value[k][i]);
+  }
+#pragma unroll
+  for (int k = 0; k < held; ++k)
+#pragma unroll
+    for (int i = 0; i < kLanes; ++i) most = greater(most, value[k][i]);
   for (int half = kWarp / 2; half > 0; half /= 2)
     most = greater(most, __shfl_xor_sync(kFullWarp, most, half));
+  // A row of which nothing takes part has no probabilities.
+  const acc from = most == -acc(INFINITY) ? acc(0) : most;
 #pragma unroll
   for (int k = 0; k < held; ++k)
 #pragma unroll
     for (int i = 0; i < kLanes; ++i) {
-      value[k][i] = most == -acc(INFINITY) ? acc(0) : exp(value[k][i] - most);
+      value[k][i] = exp_of<T>(value[k][i] - from);
       sum += value[k][i];
     }
   for (int half = kWarp / 2; half > 0; half /= 2) sum += __shfl_xor_sync(kFullWarp, sum, half);
   const acc inverse = sum == acc(0) ? acc(0) : acc(1) / sum;
   const Key key = load_key(key_pointer);
   const Rate<acc> rate = resolve(source);
-  RowChunks r = first;
+  const bool aligned = is_aligned(y) && is_aligned(probabilities);
 #pragma unroll
-  for (int k = 0; k < held; ++k, r.advance()) {
-    if (r.done()) continue;
+  for (int k = 0; k < held; ++k) {
+    if (r.done(k)) continue;
 #pragma unroll
     for (int i = 0; i < kLanes; ++i) value[k][i] *= inverse;
-    if (probabilities) store_row(probabilities, r, out_aligned, value[k]);
-    const uint32_t keep = keep_bits_from(key, rate, offset + uint64_t(r.at()));
+    if (probabilities) r.store(probabilities, aligned, k, value[k]);
+    const uint32_t keep = r.keep(key, rate, offset, k);
 #pragma unroll
     for (int i = 0; i < kLanes; ++i) value[k][i] = keep >> i & 1 ? value[k][i] * rate.scale : acc(0);
-    store_row(y, r, out_aligned, value[k]);
+    r.store(y, aligned, k, value[k]);
   }
 }
 
 template <typename T, int held>
-__global__ void __launch_bounds__(kThreads, kHeldBlocks<T, held>)
+constexpr int kHeldBackwardBlocks = held == 1   ? 3
+                                    : held == 2 ? (sizeof(T) == 2 ? 3 : 2)
+                                    : held == 4 ? 2
+                                                : 1;
+
+template <typename T, int held>
+__global__ void __launch_bounds__(kThreads, kHeldBackwardBlocks<T, held>)
     softmax_dropout_backward_held_kernel(const T* dy, const T* probabilities, T* ds, int64_t rows,
                                          int64_t length, const int64_t* key_pointer, uint64_t offset,
                                          RateSource<acc_t<T>> source) {
   using acc = acc_t<T>;
   constexpr int kLanes = kLanesPerChunk;
-  const int64_t row = int64_t(blockIdx.x) * blockDim.y + threadIdx.y, n = rows * length;
+  const int64_t row = int64_t(blockIdx.x) * blockDim.y + threadIdx.y;
   if (row >= rows) return;
   const Key key = load_key(key_pointer);
   const Rate<acc> rate = resolve(source);
-  const bool aligned = is_aligned(dy) && is_aligned(probabilities), out_aligned = is_aligned(ds);
-  const RowChunks first(row, length);
+  const bool aligned = is_aligned(dy) && is_aligned(probabilities);
+  const HeldRow r(row, length);
   Raw<T, kLanes> raw_d[held], raw_p[held];
   uint32_t keep[held];
   acc sum = 0;
-  RowChunks r = first;
 #pragma unroll
-  for (int k = 0; k < held; ++k, r.advance()) {
-    if (r.done()) continue;
-    const bool whole = aligned && r.at() + kLanes <= n;
-    raw_d[k].load(dy, r.at(), n, whole);
-    raw_p[k].load(probabilities, r.at(), n, whole);
+  for (int k = 0; k < held; ++k) {
+    if (r.done(k)) continue;
+    r.load(dy, aligned, k, raw_d[k]);
+    r.load(probabilities, aligned, k, raw_p[k]);
   }
   const auto unpack = [&](int k, acc* d, acc* p) {
     raw_d[k].unpack_to(d);
@@ -318,27 +400,27 @@ __global__ void __launch_bounds__(kThreads, kHeldBlocks<T, held>)
 #pragma unroll
     for (int i = 0; i < kLanes; ++i) d[i] = keep[k] >> i & 1 ? d[i] * rate.scale : acc(0);
   };
-  r = first;
 #pragma unroll
-  for (int k = 0; k < held; ++k, r.advance()) {
-    if (r.done()) continue;
-    keep[k] = keep_bits_from(key, rate, offset + uint64_t(r.at()));
+  for (int k = 0; k < held; ++k) {
+    if (r.done(k)) continue;
+    keep[k] = r.keep(key, rate, offset, k);
     acc d[kLanes], p[kLanes];
     unpack(k, d, p);
+    const bool whole = r.whole(k);
 #pragma unroll
     for (int i = 0; i < kLanes; ++i)
-      if (r.inside(i)) sum += d[i] * p[i];
+      if (whole || r.inside(k, i)) sum += d[i] * p[i];
   }
   for (int half = kWarp / 2; half > 0; half /= 2) sum += __shfl_xor_sync(kFullWarp, sum, half);
-  r = first;
+  const bool out_aligned = is_aligned(ds);
 #pragma unroll
-  for (int k = 0; k < held; ++k, r.advance()) {
-    if (r.done()) continue;
+  for (int k = 0; k < held; ++k) {
+    if (r.done(k)) continue;
     acc d[kLanes], p[kLanes];
     unpack(k, d, p);
 #pragma unroll
     for (int i = 0; i < kLanes; ++i) d[i] = p[i] * (d[i] - sum);
-    store_row(ds, r, out_aligned, d);
+    r.store(ds, out_aligned, k, d);
   }
 }
 

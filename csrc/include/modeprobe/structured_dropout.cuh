@@ -90,57 +90,73 @@ __device__ __forceinline__ Run run_at(const MaskWalk& walk, uint64_t offset, int
   return {index, walk.size[inner] - within};
 }
 
-// One bit per element from position `at` on, eight of them.
-template <bool small, typename acc>
+// One bit per element from position `at` on, up to `span` of them.
+template <int span, bool small, typename acc>
 __device__ __forceinline__ uint32_t walk_bits(const MaskWalk& walk, Key key, const Rate<acc>& rate,
                                               uint64_t offset, int64_t at, int64_t end) {
   const uint64_t step = uint64_t(walk.step[walk.dims - 1]);
+  const int most = end - at < span ? int(end - at) : span;
   uint32_t result = 0;
+  Run run{0, 0};
   int lane = 0;
-  while (lane < kLanesPerChunk && at + lane < end) {
-    const Run run = run_at<small>(walk, offset, at + lane);
-    const int count = run.length < kLanesPerChunk - lane ? int(run.length) : kLanesPerChunk - lane;
-    uint32_t bits = 0;
-    if (step == 1) {
-      bits = keep_bits_from(key, rate, run.index);
+#pragma unroll 1
+  while (lane < most) {
+    if (run.length == 0) run = run_at<small>(walk, offset, at + lane);
+    int count = run.length < most - lane ? int(run.length) : most - lane;
+    const int within = int(run.index % kLanesPerChunk);
+    uint32_t bits = keep_byte(key, rate, run.index / kLanesPerChunk) >> within;
+    if (step == 0) {
+      bits = bits & 1u ? ~0u : 0;
     } else {
-      for (int i = 0; i < (step == 0 ? 1 : count); ++i) {
-        const uint64_t index = run.index + uint64_t(i) * step;
-        bits |= (keep_byte(key, rate, index / kLanesPerChunk) >> (index % kLanesPerChunk) & 1u) << i;
-      }
-      if (step == 0) bits = bits ? ~0u : 0;
+      // As many as the chunk of the mask has; none of its neighbours where the walk leaps.
+      const int room = step == 1 ? kLanesPerChunk - within : 1;
+      if (count > room) count = room;
+      run.index += uint64_t(count) * step;
     }
+    run.length -= count;
     result |= (bits & ((1u << count) - 1)) << lane;
     lane += count;
   }
   return result;
 }
 
-// x and y: dense, n elements in memory order; a chunk per thread, in blocks that do not stay (see
-// elementwise.cuh). A chunk in which everything is dropped is not read.
+// Elements of a thread: 32 bytes, and no less than a chunk.
+template <typename T>
+constexpr int kSpan = sizeof(T) == 8 ? kLanesPerChunk : 32 / int(sizeof(T));
+
+// x and y: dense, n elements in memory order, in blocks that do not stay (see elementwise.cuh). A packet in
+// which everything is dropped is not read.
 template <typename T, bool small>
 __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : 4)
     structured_dropout_kernel(const T* x, T* y, int64_t n, MaskWalk walk, const int64_t* key, uint64_t offset,
                               RateSource<acc_t<T>> rate_from, AffineSource<acc_t<T>> affine_from) {
   using acc = acc_t<T>;
-  constexpr int kLanes = kLanesPerChunk;
-  const int64_t at = (int64_t(blockIdx.x) * kThreads + threadIdx.x) * kLanes;
+  constexpr int kElements = kSpan<T>, kWide = kPacket<T>;
+  const int64_t at = (int64_t(blockIdx.x) * kThreads + threadIdx.x) * kElements;
   if (at >= n) return;
   const Rate<acc> rate = resolve(rate_from);
   const Affine<acc> affine = resolve(affine_from, rate, rate_from);
-  const bool whole = is_aligned(x) && is_aligned(y) && at + kLanes <= n;
-  const uint32_t keep = walk_bits<small>(walk, load_key(key), rate, offset, at, n);
-  acc value[kLanes];
-  if (keep != 0) load_at<T, kLanes>(x, at, n, whole, value);
-  if (affine_from.alpha) {
+  const bool whole = is_aligned(x) && is_aligned(y) && at + kElements <= n;
+  const uint32_t keep = walk_bits<kElements, small>(walk, load_key(key), rate, offset, at, n);
+  Raw<T, kWide> raw[kElements / kWide];
 #pragma unroll
-    for (int i = 0; i < kLanes; ++i)
-      value[i] = keep >> i & 1 ? value[i] * affine.scale + affine.shift : affine.fill;
-  } else {
+  for (int k = 0; k < kElements / kWide; ++k)
+    if (keep >> (k * kWide) & ((1u << kWide) - 1)) raw[k].load(x, at + k * kWide, n, whole);
 #pragma unroll
-    for (int i = 0; i < kLanes; ++i) value[i] = keep >> i & 1 ? value[i] * affine.scale : acc(0);
+  for (int k = 0; k < kElements / kWide; ++k) {
+    acc value[kWide];
+    raw[k].unpack_to(value);
+    if (affine_from.alpha) {
+#pragma unroll
+      for (int i = 0; i < kWide; ++i)
+        value[i] = keep >> (k * kWide + i) & 1 ? value[i] * affine.scale + affine.shift : affine.fill;
+    } else {
+#pragma unroll
+      for (int i = 0; i < kWide; ++i)
+        value[i] = keep >> (k * kWide + i) & 1 ? value[i] * affine.scale : acc(0);
+    }
+    store_at<T, kWide>(y, at + k * kWide, n, whole, value);
   }
-  store_at<T, kLanes>(y, at, n, whole, value);
 }
 
 template <typename T>
@@ -181,7 +197,7 @@ cudaError_t launch_structured_dropout(const T* x, T* y, int64_t n, MaskWalk walk
   const bool small = n <= Divisor::kMost;
   for (int d = 0; small && d < walk.dims; ++d) walk.divisor[d] = Divisor(uint32_t(walk.size[d]));
   const auto kernel = small ? structured_dropout_kernel<T, true> : structured_dropout_kernel<T, false>;
-  return launch(kernel, dim3(blocks_for(n / kLanesPerChunk + 1)), dim3(kThreads), stream, x, y, n, walk, key,
+  return launch(kernel, dim3(blocks_for(n / kSpan<T> + 1)), dim3(kThreads), stream, x, y, n, walk, key,
                 offset, rate, affine);
 }
 
