@@ -59,19 +59,36 @@ def choice(
     ), keep
 
 
+def told_apart(
+    dtype: torch.dtype, kept: torch.Tensor, dropped: torch.Tensor, roundings: float = 4.0
+) -> torch.Tensor:
+    """Where the kept and the dropped value (float64) lie further apart than ``roundings`` of a result.
+
+    It depends on the inputs alone: the draws of these elements are a fair sample of all.
+    """
+    size = torch.maximum(kept.abs(), dropped.abs())
+    return (kept - dropped).abs() > tolerance(dtype, size, roundings)
+
+
 def keep_by_gradient(
     keep: torch.Tensor, kept: torch.Tensor, dropped: torch.Tensor, got: torch.Tensor, slope: torch.Tensor
 ) -> torch.Tensor:
     """``keep``, read off the gradient (``slope`` if kept, else 0) where rounding blurs the two values."""
-    size = torch.maximum(kept.abs(), dropped.abs())
-    close_by = (kept - dropped).abs() <= tolerance(got.dtype, size, 32.0)
     value = got.detach().double()
-    return torch.where(close_by, (value - slope).abs() <= value.abs(), keep)
+    clear = told_apart(got.dtype, kept, dropped, 32.0)
+    return torch.where(clear, keep, (value - slope).abs() <= value.abs())
 
 
-def share(keep: torch.Tensor, p: float) -> str | None:
-    """Whether the share of kept draws is 1 - p within six standard deviations of a binomial."""
-    draws, kept = keep.numel(), int(keep.sum())
+def share(keep: torch.Tensor, p: float, among: torch.Tensor | None = None) -> str | None:
+    """Whether the share of kept draws is 1 - p within six standard deviations of a binomial.
+
+    ``among``: the draws that count, where some cannot be read off the result.
+    """
+    if among is not None:
+        keep = keep & among
+    draws, kept = keep.numel() if among is None else int(among.sum()), int(keep.sum())
+    if keep.numel() and not draws:
+        return "no element tells whether it was kept"
     expected, sigma = draws * (1 - p), math.sqrt(draws * p * (1 - p))
     if abs(kept - expected) > SIGMAS * sigma + 1:
         return f"kept {kept} of {draws} draws, expected {expected:.0f} within {SIGMAS * sigma:.0f}"

@@ -42,12 +42,13 @@ def flat_fault(
         return fault
     for window in judge.windows(x.numel()):
         part = x.detach().reshape(-1)[window].double()
-        fault, keep = judge.choice(y.reshape(-1)[window], kept(part), torch.full_like(part, dropped))
-        fault = fault or judge.share(keep, P)
+        values = kept(part), torch.full_like(part, dropped)
+        fault, keep = judge.choice(y.reshape(-1)[window], *values)
+        fault = fault or judge.share(keep, P, judge.told_apart(x.dtype, *values))
         if fault is None and len(results) > 1:
             got = results[1].reshape(-1)[window]
             gradient = output_gradient(x).reshape(-1)[window].double() * slope
-            keep = judge.keep_by_gradient(keep, kept(part), torch.full_like(part, dropped), got, gradient)
+            keep = judge.keep_by_gradient(keep, *values, got, gradient)
             want = torch.where(keep, gradient, 0.0)
             fault = judge.close("gradient", got, want, judge.tolerance(x.dtype, gradient))
         if fault:
@@ -155,12 +156,13 @@ def bias_dropout_add(work: Work, device: str) -> Problem:
         if fault:
             return fault
         base, shifted = residual.detach().double(), (x.detach() + bias.detach()).double()
+        values = base + shifted * SCALE, base
         # In 16 bits each of the three steps of the composition rounds.
-        fault, keep = judge.choice(y, base + shifted * SCALE, base, 32.0)
-        fault = fault or judge.share(keep, P)
+        fault, keep = judge.choice(y, *values, 32.0)
+        fault = fault or judge.share(keep, P, judge.told_apart(x.dtype, *values, 32.0))
         if fault is None and len(results) > 1:
             gradient = output_gradient(x).double()
-            keep = judge.keep_by_gradient(keep, base + shifted * SCALE, base, results[1], gradient * SCALE)
+            keep = judge.keep_by_gradient(keep, *values, results[1], gradient * SCALE)
             want = torch.where(keep, gradient * SCALE, 0.0)
             fault = (
                 judge.close("x gradient", results[1], want, judge.tolerance(x.dtype, want))
@@ -200,8 +202,9 @@ def softmax_dropout(work: Work, device: str) -> Problem:
         if fault:
             return fault
         share = torch.softmax(scores.detach()[:1].double(), -1)
-        fault, keep = judge.choice(y[:1], share * SCALE, torch.zeros_like(share), 64.0)
-        fault = fault or judge.share(keep, P)
+        values = share * SCALE, torch.zeros_like(share)
+        fault, keep = judge.choice(y[:1], *values, 64.0)
+        fault = fault or judge.share(keep, P, judge.told_apart(scores.dtype, *values, 64.0))
         if fault is None and len(results) > 1:
             inner = torch.where(keep, output_gradient(scores)[:1].double() * SCALE, 0.0)
             want = share * (inner - (share * inner).sum(-1, keepdim=True))

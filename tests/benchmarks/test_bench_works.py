@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import re
 
 import pytest
 import torch
-from modeprobe.benchmarks import memory, problems, registry, rivals
+from modeprobe.benchmarks import judge, memory, problems, registry, rivals
 from modeprobe.benchmarks import works_batch_norm as norms
 from modeprobe.benchmarks import works_dropout as dropouts
 from modeprobe.benchmarks.compiled import CompiledPeer
@@ -96,6 +97,38 @@ def test_dropout_judge_finds_another_share_another_scale_and_another_mask():
             return F.dropout(gradient, dropouts.P)
 
     assert "gradient" in planted(work, OtherMask.apply)
+
+
+def test_draws_that_rounding_hides_are_not_counted():
+    """Half of the residuals are so large that in bfloat16 a sum does not show whether a term was dropped."""
+    generator = torch.Generator().manual_seed(0)
+    base, term = torch.randn(2, 1 << 16, dtype=torch.float64, generator=generator).bfloat16().double()
+    base[::2] *= 1000.0
+    values = base + term, base
+    among = judge.told_apart(torch.bfloat16, *values, 32.0)
+    assert 0.2 < among.double().mean() < 0.5
+    for p, fault in ((0.1, None), (0.12, "kept .* draws"), (0.08, "kept .* draws"), (0.0, "kept .* draws")):
+        drawn = torch.rand(base.shape, generator=generator) >= p
+        y = torch.where(drawn, *values).bfloat16()
+        wrong, keep = judge.choice(y, *values, 32.0)
+        assert wrong is None
+        assert judge.share(keep, 0.1) is not None  # what is hidden counts as dropped
+        found = judge.share(keep, 0.1, among)
+        assert found is None if fault is None else re.match(fault, found), (p, found)
+    assert "no element" in judge.share(keep, 0.1, torch.zeros_like(keep))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_judge_of_bias_dropout_add_finds_another_share(dtype):
+    work = Work("bias_dropout_add", "forward", (1 << 6, 1 << 9), dtype, 3, dropouts.bias_dropout_add)
+    problem = work.setup(work, "cpu")
+    x, residual = (problems.random_tensor(work, "cpu", seed) for seed in (0, 2))
+    bias = problems.random_tensor(work, "cpu", 3)[0]
+    for p, fault in ((dropouts.P, None), (0.13, "draws")):
+        kept = torch.rand(x.shape) >= p
+        y = residual + torch.where(kept, (x + bias) * dropouts.SCALE, 0.0)
+        found = problem.verify((y,))
+        assert found is None if fault is None else fault in found, (p, found)
 
 
 def test_channel_judge_finds_broken_channels():
