@@ -2,7 +2,8 @@
 
 Runs from a source checkout with what is installed, offline, and installs nothing: the package is built into
 ``.cache/gpu`` beside links to the sources, and a library that was built from the same sources is used again,
-also one built elsewhere with ``--arch`` and brought along in ``.cache/gpu/library``. Every step has a time
+also one built elsewhere with ``--arch`` and brought along in ``.cache/gpu/library``. What torch.compile and
+Triton compile is kept there, too. Every step has a time
 limit, a step that fails does not stop the next, and results are written as they come, to
 ``benchmarks/results/<gpu>/`` and, packed, to ``--archive``. Without a GPU the same driver runs its steps on
 the CPU, as a rehearsal. The standard library is all that this file needs.
@@ -27,7 +28,7 @@ import tarfile
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -67,7 +68,10 @@ class Session:
         def before(name: str, *folders: Path) -> str:
             return os.pathsep.join(filter(None, (*map(str, folders), os.environ.get(name))))
 
-        return os.environ | {
+        # What torch.compile and Triton compile goes home with the library, and comes along the next time.
+        caches = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}
+        kept = {name: os.environ.get(name) or str(self.site / folder) for name, folder in caches.items()}
+        own = {
             "MODEPROBE_FACTS": str(self.results / "facts.json"),
             "MODEPROBE_GPU_REHEARSAL": "1" if self.device == "cpu" else "",
             # Before what is there already: torch itself may come from it. Processes that tests spawn import
@@ -75,6 +79,7 @@ class Session:
             "PYTHONPATH": before("PYTHONPATH", self.site, ROOT),
             "PATH": before("PATH", Path(sys.executable).parent),  # ninja beside an interpreter not activated
         }
+        return os.environ | kept | own
 
     def pack(self) -> None:
         """The results so far in one file: a machine that goes away leaves what was there ten seconds ago."""
@@ -220,10 +225,14 @@ def facts(session: Session, limit: float) -> Outcome:
     return run(session, "facts", session.python("-c", script), limit)
 
 
-def pytest(session: Session, name: str, limit: float, *arguments: str) -> Outcome:
+# Of some twenty processes: threads of their own and pools of compilers would be in each other's way.
+SIDE_BY_SIDE = {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+
+
+def pytest(session: Session, name: str, limit: float, *arguments: str, **changes: Any) -> Outcome:
     options = ("-q", "-p", "no:cacheprovider", "--continue-on-collection-errors")
     command = session.python("-m", "pytest", *options, *arguments)
-    outcome = run(session, name, command, limit)
+    outcome = run(session, name, command, limit, **changes)
     text = (session.results / f"{name}.log").read_text(errors="replace")
     counts = re.findall(r"^[\d\w ,]*\d+ (?:passed|failed|skipped)[^\n]*", text, re.MULTILINE)
     outcome.note = counts[-1][:140] if counts else outcome.note
@@ -244,7 +253,8 @@ def tests(session: Session, limit: float) -> Outcome:
 
     def one(part: tuple[str, str, str, tuple[str, ...]]) -> Outcome:
         name, file, which, options = part
-        return pytest(session, f"tests-{name}", limit, f"tests/gpu/{file}", "-k", which, *options)
+        arguments = (f"tests/gpu/{file}", "-k", which, *options)
+        return pytest(session, f"tests-{name}", limit, *arguments, environment=SIDE_BY_SIDE)
 
     with ThreadPoolExecutor(len(parts)) as pool:
         found = list(pool.map(one, parts))
@@ -264,32 +274,61 @@ def suite(session: Session, limit: float) -> Outcome:
     return outcome
 
 
+@dataclass(frozen=True)
+class Check:
+    """A tool of compute-sanitizer: its options, the types that kernel_run.py takes, and the environment."""
+
+    options: tuple[str, ...] = ()
+    dtypes: tuple[str, ...] = ()  # all
+    environment: dict[str, str] = field(default_factory=dict)
+
+
 # Kernels are chosen by a part of their mangled name. initcheck has to watch torch's, too: it would take what
-# they wrote for uninitialised. Calls into CUDA that torch tries and recovers from are no finding.
+# they wrote for uninitialised. Calls into CUDA that torch tries and recovers from are no finding. The tools
+# that look at memory must not be given any that was used before; those that look at barriers and shared
+# memory are the slow ones, and a kernel's way through its barriers does not depend on the type.
+OURS = ("--kernel-name", "kns=modeprobe")
+FRESH = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
 SANITIZERS = {
-    "memcheck": ("--kernel-name", "kns=modeprobe", "--report-api-errors", "no"),
-    "racecheck": ("--kernel-name", "kns=modeprobe"),
-    "synccheck": ("--kernel-name", "kns=modeprobe"),
-    "initcheck": (),
+    "memcheck": Check((*OURS, "--report-api-errors", "no"), environment=FRESH),
+    "racecheck": Check(OURS, ("float32", "bfloat16")),
+    "synccheck": Check(OURS, ("float32", "bfloat16")),
+    "initcheck": Check(environment=FRESH),
 }
 
 
 def sanitizer(session: Session, limit: float) -> Outcome:
+    """The four tools side by side. "timeout" where one had no time to end and none has found anything."""
     tool = shutil.which("compute-sanitizer") or shutil.which(
         "compute-sanitizer", path="/usr/local/cuda/bin:/usr/local/cuda/compute-sanitizer"
     )
     if tool is None:
         return Outcome("sanitizer", "absent", 0.0, "no compute-sanitizer in the toolkit or on PATH")
-    start, found = time.monotonic(), []
+    start = time.monotonic()
     program = str(ROOT / "tests" / "gpu" / "kernel_run.py")
-    for check, options in SANITIZERS.items():
-        left = limit - (time.monotonic() - start)
-        command = [tool, "--tool", check, "--error-exitcode", "9", *options]
-        outcome = run(session, f"sanitizer-{check}", [*command, *session.python(program)], left / 1.5,
-                      environment={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})  # fmt: skip
-        found.append(f"{check} {outcome.verdict}")
-    verdict = "ok" if all(one.endswith(" ok") for one in found) else "failed"
-    return Outcome("sanitizer", verdict, time.monotonic() - start, ", ".join(found))
+
+    def one(name: str) -> Outcome:
+        check = SANITIZERS[name]
+        command = [tool, "--tool", name, "--error-exitcode", "9", *check.options]
+        command += session.python(program, *check.dtypes)
+        environment = SIDE_BY_SIDE | check.environment
+        outcome = run(session, f"sanitizer-{name}", command, limit, environment=environment)
+        if outcome.verdict == "timeout" and findings(session.results / f"sanitizer-{name}.log"):
+            outcome.verdict = "failed"
+        return outcome
+
+    with ThreadPoolExecutor(len(SANITIZERS)) as pool:
+        found = dict(zip(SANITIZERS, pool.map(one, SANITIZERS), strict=True))
+    verdicts = [outcome.verdict for outcome in found.values()]
+    verdict = next((word for word in ("failed", "timeout") if word in verdicts), "ok")
+    note = ", ".join(f"{name} {outcome.verdict} ({outcome.seconds:.0f} s)" for name, outcome in found.items())
+    return Outcome("sanitizer", verdict, time.monotonic() - start, note)
+
+
+def findings(log: Path) -> bool:
+    """Whether a tool of compute-sanitizer that did not end had reported something."""
+    report = r"^=+ +(?:Error|Warning: Race|Race|Invalid|Misaligned|Uninitialized|Barrier error)"
+    return re.search(report, log.read_text(errors="replace"), re.MULTILINE) is not None
 
 
 def bench(session: Session, limit: float) -> Outcome:
@@ -351,11 +390,13 @@ def profiled(log: str) -> list[str]:
 
 
 class Step(NamedTuple):
-    """``most``: seconds that it may take. ``kept``: seconds that the steps before it leave to it."""
+    """``most``: seconds that it may take. ``kept``: seconds that the steps before it leave to it.
+    ``beside``: whether it runs beside the step before it; nothing that is timed does."""
 
     run: Callable[[Session, float], Outcome]
     most: float
     kept: float = 0.0
+    beside: bool = False
 
 
 # The most valuable first: a machine may go away.
@@ -363,19 +404,33 @@ STEPS: dict[str, Step] = {
     "facts": Step(facts, 60),  # a first import reads gigabytes
     "build": Step(build, 200),  # nothing goes without it
     "tests": Step(tests, 150, kept=60),
+    "sanitizer": Step(sanitizer, 150, kept=60, beside=True),
     "bench": Step(bench, 400, kept=120),
-    "sanitizer": Step(sanitizer, 90, kept=60),
     "profile": Step(profile, 45, kept=25),
     "suite": Step(suite, 60),
 }
 
 
-def limit_of(names: Sequence[str], index: int, left: float) -> float:
-    """Seconds for a step, when ``left`` are left for it and those after it."""
-    step, later = STEPS[names[index]], sum(STEPS[name].kept for name in names[index + 1 :])
-    if list(names) == ["build"]:
+def side_by_side(names: Sequence[str]) -> list[list[str]]:
+    """The steps in groups that run at the same time, where those that go beside each other are neighbours."""
+    groups: list[list[str]] = []
+    order = list(STEPS)
+    for name in names:
+        before = order[order.index(name) - 1] if STEPS[name].beside else None
+        if groups and before in groups[-1]:
+            groups[-1].append(name)
+        else:
+            groups.append([name])
+    return groups
+
+
+def limit_of(groups: Sequence[Sequence[str]], index: int, left: float) -> float:
+    """Seconds for a group of steps, when ``left`` are left for it and those after it."""
+    most, kept = (max(getattr(STEPS[name], what) for name in groups[index]) for what in ("most", "kept"))
+    later = sum(max(STEPS[name].kept for name in group) for group in groups[index + 1 :])
+    if [list(group) for group in groups] == [["build"]]:
         return left  # ahead, on a machine of any speed
-    return min(step.most, max(left - later, min(step.kept, left)))
+    return min(most, max(left - later, min(kept, left)))
 
 
 def capability() -> str | None:
@@ -448,6 +503,16 @@ def chosen_steps(text: str | None) -> list[str]:
     return names
 
 
+def outcome_of(session: Session, name: str, limit: float) -> Outcome:
+    """How a step ends: whatever happens in it, the next one runs."""
+    if limit < 1:
+        return Outcome(name, "no time", 0.0, "the steps before took it")
+    try:
+        return STEPS[name].run(session, limit)
+    except Exception as error:
+        return Outcome(name, "failed", 0.0, f"{type(error).__name__}: {error}")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """0 when every step that could run is ok."""
     parser = argparse.ArgumentParser(
@@ -484,19 +549,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if "build" not in names and not (session.site / "modeprobe").exists():
         names.insert(0, "build")
     session.outcomes = earlier_outcomes(session.results, names)
-    for index, name in enumerate(names):
-        limit = limit_of(names, index, session.until - time.monotonic())
-        print(f"{name} (at most {max(limit, 0):.0f} s) ...", flush=True)
-        if limit < 1:
-            outcome = Outcome(name, "no time", 0.0, "the steps before took it")
-        else:
-            try:
-                outcome = STEPS[name].run(session, limit)
-            except Exception as error:  # the next step runs whatever happens in this one
-                outcome = Outcome(name, "failed", 0.0, f"{type(error).__name__}: {error}")
-        session.outcomes.append(outcome)
-        write(session)
-        print(f"  {outcome.verdict} after {outcome.seconds:.0f} s: {outcome.note}", flush=True)
+    groups = side_by_side(names)
+    for index, group in enumerate(groups):
+        limit = limit_of(groups, index, session.until - time.monotonic())
+        print(f"{' and '.join(group)} (at most {max(limit, 0):.0f} s) ...", flush=True)
+        before, ended = session.outcomes, {}
+        with ThreadPoolExecutor(len(group)) as pool:
+            for done in as_completed([pool.submit(outcome_of, session, name, limit) for name in group]):
+                outcome = done.result()
+                ended[outcome.step] = outcome
+                session.outcomes = [*before, *(ended[name] for name in group if name in ended)]
+                write(session)
+                print(f"  {outcome.step} {outcome.verdict} after {outcome.seconds:.0f} s: {outcome.note}")
     print(f"\nResults: {session.results}\n")
     for outcome in session.outcomes:
         print(f"{outcome.step:<10} {outcome.verdict:<8} {outcome.seconds:6.0f} s  {outcome.note}")

@@ -82,12 +82,60 @@ def test_the_whole_has_a_limit_and_results_come_as_they_are(start, tmp_path):
 def test_what_is_kept_for_later_steps(monkeypatch):
     steps = {"a": gpu.Step(None, 200), "b": gpu.Step(None, 400, kept=120), "c": gpu.Step(None, 90, kept=60)}
     monkeypatch.setattr(gpu, "STEPS", steps)
-    names = list(steps)
-    assert gpu.limit_of(names, 0, 525) == 200
-    assert gpu.limit_of(names, 0, 300) == 120  # b and c keep theirs
-    assert gpu.limit_of(names, 1, 300) == 240
-    assert gpu.limit_of(names, 1, 150) == 120  # its own comes before c's
-    assert gpu.limit_of(names, 2, 30) == 30
+    groups = gpu.side_by_side(list(steps))
+    assert gpu.limit_of(groups, 0, 525) == 200
+    assert gpu.limit_of(groups, 0, 300) == 120  # b and c keep theirs
+    assert gpu.limit_of(groups, 1, 300) == 240
+    assert gpu.limit_of(groups, 1, 150) == 120  # its own comes before c's
+    assert gpu.limit_of(groups, 2, 30) == 30
+    steps["b"] = gpu.Step(None, 250, kept=130, beside=True)
+    groups = gpu.side_by_side(list(steps))
+    assert groups == [["a", "b"], ["c"]]
+    assert gpu.limit_of(groups, 0, 525) == 250
+    assert gpu.limit_of(groups, 0, 170) == 130
+    assert gpu.side_by_side(["b", "c"]) == [["b"], ["c"]]
+    assert gpu.side_by_side(["a", "c", "b"]) == [["a"], ["c"], ["b"]]
+
+
+def test_steps_beside_each_other_run_at_the_same_time(start, tmp_path):
+    wait = "import os, pathlib, sys, time; here = pathlib.Path(os.environ['MODEPROBE_FACTS']).parent; "
+    wait += "(here / sys.argv[1]).touch()\nwhile not (here / sys.argv[2]).exists(): time.sleep(0.05)"
+
+    def meet(name, other):
+        return lambda session, limit: gpu.run(session, name, [sys.executable, "-c", wait, name, other], limit)
+
+    status, _ = start({"a": gpu.Step(meet("a", "b"), 30), "b": gpu.Step(meet("b", "a"), 30, beside=True)})
+    assert status == 0
+    assert [(one["step"], one["verdict"]) for one in outcomes(tmp_path)] == [("a", "ok"), ("b", "ok")]
+
+
+TOOL = """#!/bin/sh
+echo "========= COMPUTE-SANITIZER"
+case $2 in
+racecheck) {racecheck} ;;
+esac
+echo "$@" | grep -q "kernel_run.py{types}$" || test $2 != synccheck || exit 3
+echo "========= ERROR SUMMARY: 0 errors"
+"""
+
+
+@pytest.mark.parametrize(
+    ("racecheck", "verdict"),
+    [
+        ("true", "ok"),
+        ("sleep 60", "timeout"),
+        ("echo '========= Error: Race reported between'; sleep 60", "failed"),
+        ("exit 9", "failed"),
+    ],
+)
+def test_a_sanitizer_without_time_has_not_failed(tmp_path, monkeypatch, racecheck, verdict):
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text(TOOL.format(racecheck=racecheck, types=" float32 bfloat16"))
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    outcome = gpu.sanitizer(gpu.Session("cpu", "x", tmp_path, tmp_path), 2)
+    assert outcome.verdict == verdict, outcome
+    assert re.match(rf"memcheck ok .*, racecheck {verdict} .*, synccheck ok .*, initcheck ok ", outcome.note)
 
 
 def test_steps_are_picked_and_the_others_outcomes_stay(start, tmp_path):
@@ -221,7 +269,8 @@ def test_torch_and_pytest_are_all_it_needs(start, tmp_path, monkeypatch):
 
 
 def test_every_file_of_gpu_tests_is_judged(start, tmp_path, monkeypatch):
-    def one(session, name, limit, file, option, which, *workers):
+    def one(session, name, limit, file, option, which, *workers, environment):
+        assert environment["OMP_NUM_THREADS"] == "1"
         assert re.fullmatch(r"tests/gpu/test_\w+\.py", file)
         assert (option, which) == ("-k", "triton" if name.endswith("-triton") else "not triton")
         assert workers in ((), ("-n", "4"))

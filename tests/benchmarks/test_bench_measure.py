@@ -175,6 +175,41 @@ def test_a_work_that_cannot_be_set_up_does_not_stop_the_run(tmp_path):
     assert results.find(found, "double/forward/8/float32", "modeprobe", "cpu")["status"] == "ok"
 
 
+def test_what_was_compiled_ahead_is_not_compiled_again(tmp_path, monkeypatch):
+    from modeprobe.benchmarks import warm
+
+    compiled, started = [], []
+
+    def peers(work, device):
+        def compiles():
+            compiled.append(work.name)
+            if work.shape == (9,):
+                raise Unavailable("not compiled for this row")
+
+        return Problem({"torch.compile": compiles}, lambda results: None)
+
+    class Process:
+        def __init__(self, command, **options):
+            started.append(command[command.index("--device") :])
+            if len(started) != 2:  # that one had no time
+                warm.main(started[-1])
+
+        def wait(self, seconds):
+            return 0
+
+    works = [Work("x", "forward", (size,), "float32", 2, peers) for size in (7, 8, 9, 10)]
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(warm, "all_works", lambda device: works)
+    monkeypatch.setattr(warm.os, "cpu_count", lambda: 4)
+    monkeypatch.setattr(warm.subprocess, "Popen", Process)
+    assert warm.warm_up(works, "cpu", 60).startswith("3 of 4 works compiled in ")
+    assert started[0][2:] == [works[0].name, works[3].name]  # the first ones first
+    assert warm.warm_up(works, "cpu", 60).endswith(", 3 before")
+    assert compiled == [works[index].name for index in (0, 3, 2, 1)]
+    assert warm.warm_up(works, "cpu", 60) == "4 works were compiled before"
+    assert len(started) == 4
+
+
 def test_a_lost_gpu_is_left_to_a_new_process(tmp_path, monkeypatch):
     from modeprobe.benchmarks import plain
 

@@ -1,19 +1,24 @@
-"""A small run of every CUDA kernel, for compute-sanitizer; sizes leave ragged chunks and several slices."""
+"""A small run of every CUDA kernel, for compute-sanitizer; sizes leave ragged chunks and several slices.
+
+Takes the types, "float32 bfloat16"; without arguments all of them.
+"""
+
+import sys
 
 import torch
 
 import modeprobe as mp
 from modeprobe import mask
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+DTYPES = ("float32", "float16", "bfloat16", "float64")
 
 
-def main():
+def main(dtypes):
     ops = torch.ops.modeprobe
     key = mask.key(1, 2, device="cuda")
     p = torch.tensor(0.3, dtype=torch.float64, device="cuda")
     with mp.backend("native"):
-        for dtype in DTYPES:
+        for dtype in (getattr(torch, name) for name in dtypes):
             for n in (1, 7, 4099):
                 x = torch.randn(n + 1, device="cuda").to(dtype)[1:]
                 ops.dropout(x, key, 0.1)
@@ -61,4 +66,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:] or DTYPES)
