@@ -61,9 +61,9 @@ def priority(work: Work, device: str) -> int:
     for target in targets():
         if target["device"] != device:
             continue
-        if fits(work.name, target):
+        if any(fits(way.name, target) for way in work.ways):
             return 0
-        if speaks_of(target, work.name, work.groups):
+        if any(speaks_of(target, way.name, way.groups) for way in work.ways):
             best = 1
     return best
 
@@ -73,7 +73,7 @@ def compared(work: Work, device: str) -> frozenset[str]:
     return frozenset(
         bound["against"]
         for target in targets()
-        if target["device"] == device and speaks_of(target, work.name, work.groups)
+        if target["device"] == device and any(speaks_of(target, way.name, way.groups) for way in work.ways)
         for bound in target["bounds"]
     )
 

@@ -228,11 +228,11 @@ class Progress:
         self.bar.stop()
 
     def done(self, work: Work, rows: Sequence[Row]) -> None:
-        self.finished += 1
+        self.finished += not work.replayed
         gone = self.now() - self.start
         # The works ahead cost what those behind did, or what the budget still has.
         ahead = min(self.budget - gone, gone / self.finished * (self.total - self.finished))
-        self.bar.advance(self.task)
+        self.bar.advance(self.task, not work.replayed)
         self.console.print(
             f"{self.finished:3}/{self.total} {gone:4.0f} s, {max(ahead, 0):3.0f} s left  {line(work, rows)}",
             markup=False,

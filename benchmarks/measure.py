@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 
-from . import allocator, memory
+from . import allocator, memory, replay
 from .compiled import first_line
 from .registry import Candidate, Problem, Unavailable, Work
 from .timing import Clock, Contender, Limits, Spread, clock_for, race, ratio
@@ -74,12 +74,17 @@ def measure(
     *,
     clock: Clock | None = None,
     without: Sequence[str] = (),
+    capture: Callable[[Candidate, int], Candidate] = replay.captured,
 ) -> list[Row]:
     """Rows of all providers of a work. Never raises for a provider: its row says what went wrong.
 
+    A work that replays has rows of its replay as well, after its own: both from one setup.
+
     Args:
+        limits: of each race.
         clock: how a sample is timed; by default wall time, or CUDA events.
         without: providers to leave out of this run.
+        capture: makes a replay of a candidate.
     """
     try:
         problem = work.setup(work, device)
@@ -104,8 +109,51 @@ def measure(
         return [row(work, MODEPROBE, device, status="failed", reason=f"out of memory: {first_line(error)}")]
     for name, own in samples.items():
         fill(rows[name], own, samples, work)
+    found = list(rows.values())
+    if work.replays and device == "cuda":
+        found += measure_replay(work.replay, device, limits, clock, rows, ready, problem, capture)
     del contenders, ready, problem
     gc.collect()
+    return found
+
+
+def measure_replay(
+    work: Work,
+    device: str,
+    limits: Limits,
+    clock: Clock | None,
+    eager: dict[str, Row],
+    ready: dict[str, Candidate],
+    problem: Problem,
+    capture: Callable[[Candidate, int], Candidate],
+) -> list[Row]:
+    """Rows of the replays of what was set up and timed; what a replay left behind is judged again."""
+    rows = {
+        name: row(work, name, device, floor=own.floor, status=own.status, reason=own.reason)
+        for name, own in eager.items()
+    }
+    contenders = []
+    for name, candidate in ready.items():
+        own, seconds = rows[name], eager[name].seconds
+        calls = replay.calls_in_a_graph(seconds[1], limits.sample_seconds) if seconds else 1
+        try:
+            again = capture(candidate, calls)
+            outcome = again.run()
+            fault = None if own.floor else problem.verify(outcome)
+        except Exception as error:
+            own.status, own.reason = (
+                "unavailable",
+                f"not captured: {type(error).__name__}: {first_line(error)}",
+            )
+            continue
+        own.note = again.note
+        if fault is not None:
+            own.status, own.reason = "wrong", fault
+            continue
+        contenders.append(Contender(name, again.run, calls=calls))
+    samples = race(contenders, clock or clock_for(device, work.elements), limits)
+    for name, mine in samples.items():
+        fill(rows[name], mine, samples, work)
     return list(rows.values())
 
 

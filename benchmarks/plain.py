@@ -7,6 +7,7 @@ Saves results.json, with verdicts, as it goes. Charts and the page are made from
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import sys
 import time
@@ -34,9 +35,9 @@ def line(work: Work, rows: Sequence[Row]) -> str:
 
 def complete(found: results.Results, work: Work, device: str) -> bool:
     """Whether all that a work's targets need was measured at this commit."""
-    now = results.commit()
-    rows = [row for row in found["results"] if (row["work"], row["device"]) == (work.name, device)]
-    return bool(rows) and all(
+    now, names = results.commit(), {way.name for way in work.ways}
+    rows = [row for row in found["results"] if row["work"] in names and row["device"] == device]
+    return {row["work"] for row in rows} == names and all(
         found["runs"][row["run"]]["commit"] == now
         and (row["reason"] != LEFT_OUT or row["provider"] not in compared(work, device))
         for row in rows
@@ -73,6 +74,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.warm:
         compared_with = [work for work in named if runner.COMPILE in compared(work, options.device)]
         print(warm.warm_up(compared_with, options.device, options.warm), flush=True)
+    # What is imported by now is looked at by none of the collections that follow each work.
+    gc.freeze()
     late: list[Work] = []
     # Others get what the targets leave, not a share of it.
     for part in filter(None, (named, works[len(named) :])):

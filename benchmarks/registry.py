@@ -11,6 +11,7 @@ from itertools import zip_longest
 from typing import Any
 
 MODES = ("forward", "backward", "forward_backward", "evaluation", "step")
+EAGER, GRAPH = ", eager calls", ", CUDA graph"  # how a group's name ends where a work is measured both ways
 
 
 class Unavailable(Exception):
@@ -78,6 +79,8 @@ class Work:
         groups: the charts it belongs to.
         compiled: whether torch.compile is among the peers.
         count: how often the work occurs in what its groups stand for.
+        replays: on a GPU the work is measured a second time, as ``replay``.
+        replayed: it is that second time: each provider's calls replayed from a CUDA graph.
     """
 
     family: str
@@ -91,13 +94,27 @@ class Work:
     groups: tuple[str, ...] = ()
     compiled: bool = False
     count: int = 1
+    replays: bool = False
+    replayed: bool = False
 
     @property
     def name(self) -> str:
         parts = [self.family, self.mode, shape_name(self.shape), self.dtype]
         if self.layout != "contiguous":
             parts.append(self.layout)
+        if self.replayed:
+            parts.append("graph")
         return "/".join(parts)
+
+    @property
+    def replay(self) -> Work:
+        groups = (group.removesuffix(EAGER) + GRAPH for group in self.groups if group.endswith(EAGER))
+        return replace(self, groups=tuple(groups), replays=False, replayed=True)
+
+    @property
+    def ways(self) -> tuple[Work, ...]:
+        """The work, and its replay where there is one: what the rows of one measurement are about."""
+        return (self, self.replay) if self.replays else (self,)
 
     @property
     def elements(self) -> int:
@@ -131,6 +148,7 @@ def distinct(works: Iterable[Work]) -> list[Work]:
             earlier,
             groups=tuple(dict.fromkeys((*earlier.groups, *work.groups))),
             compiled=earlier.compiled or work.compiled,
+            replays=earlier.replays or work.replays,
             count=max(earlier.count, work.count),
         )
     return list(found.values())

@@ -52,7 +52,7 @@ def run(
         budget: seconds for the whole run, shared by the works that are left. Whatever the machine's
             speed, the run ends with it, but for the work that is under way; what does not fit is left out.
         without: providers to leave out.
-        report: called after each work.
+        report: called after each work, and once more with its replay.
         clock: for tests; by default the one that fits the device.
         now: seconds, for the budget.
 
@@ -78,7 +78,7 @@ def run(
         "left_out": [],
     }
     found["runs"][name] = entry
-    weights = [PLAIN + NAMED * (priority(work, device) == 0) + COMPILED * work.compiled for work in works]
+    weights = [weight(work, device) for work in works]
     compiling: list[float] = []
     start = now()
     for index, work in enumerate(works):
@@ -90,7 +90,7 @@ def run(
                 results.save(found, path)
                 return list(works[index:])
             share = remaining * weights[index] / sum(weights[index:])
-            own = within(limits, TIMING_SHARE * share)
+            own = within(limits, TIMING_SHARE * share / len(work.ways))
             cost = median(compiling) if compiling else COMPILE_SECONDS
             if share < cost and COMPILE not in compared(work, device):
                 left.append(COMPILE)
@@ -108,12 +108,17 @@ def run(
         found["targets"] = [verdict.as_dict() for verdict in check(found)]
         entry["load"][1] = results.load_average()
         results.save(found, path)
-        report(work, rows)
+        for way in work.ways:
+            report(way, [item for item in rows if item.work == way.name])
         if device == "cuda" and lost():
             entry["left_out"] = [late.name for late in works[index + 1 :]]
             results.save(found, path)
             return list(works[index + 1 :])
     return []
+
+
+def weight(work: Work, device: str) -> int:
+    return PLAIN * len(work.ways) + NAMED * (priority(work, device) == 0) + COMPILED * work.compiled
 
 
 def lost() -> bool:

@@ -45,11 +45,15 @@ def percentile(samples: Sequence[float], share: float) -> float:
 
 @dataclass
 class Contender:
-    """One provider's callable; ``context`` is entered around each sample, outside the timed region."""
+    """One provider's callable; ``context`` is entered around each sample, outside the timed region.
+
+    ``calls``: of the work in one ``run``.
+    """
 
     name: str
     run: Callable[[], Any]
     context: Callable[[], AbstractContextManager] = nullcontext
+    calls: int = 1
 
 
 class Clock(Protocol):
@@ -187,7 +191,8 @@ def race(contenders: Sequence[Contender], clock: Clock, limits: Limits) -> dict[
         order = [*contenders[turn:], *contenders[:turn]]
         for contender in reversed(order) if round_number % 2 else order:
             with contender.context():
-                samples[contender.name].append(clock.sample(contender.run, calls[contender.name]))
+                seconds = clock.sample(contender.run, calls[contender.name])
+                samples[contender.name].append(seconds / contender.calls)
     return samples
 
 

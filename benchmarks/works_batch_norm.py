@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from . import judge
 from .problems import Function, leaf, output_gradient, package, problem, random_tensor
-from .registry import Problem, Work
+from .registry import EAGER, Problem, Work
 
 Setup = Callable[[], tuple[Function, Sequence[torch.Tensor]]]
 
@@ -197,6 +197,12 @@ def add_relu(mode: str, shape: tuple[int, ...], dtype: str = "float32", **option
 
 
 def target_works(device: str) -> Iterator[Work]:
+    yield from large_works() if device == "cuda" else cpu_works()
+    for mode in ("forward", "forward_backward"):
+        yield norm(mode, (4, 16), compiled=True)
+
+
+def cpu_works() -> Iterator[Work]:
     for shape in ((32, 64, 56, 56), (8, 64, 112, 112), (32, 256, 14, 14)):
         for mode in ("forward", "forward_backward"):
             for layout in LAYOUTS:
@@ -206,14 +212,14 @@ def target_works(device: str) -> Iterator[Work]:
         yield norm("evaluation", (32, 64, 56, 56), layout=layout, compiled=True)
         yield norm("forward_backward", (32, 64, 56, 56), "bfloat16", layout=layout, compiled=True)
         yield add_relu("forward_backward", (32, 64, 56, 56), layout=layout, compiled=True)
-    for mode in ("forward", "forward_backward"):
-        yield norm(mode, (4, 16), compiled=True)
-    if device == "cuda":
-        for dtype in ("float32", "bfloat16"):
-            for layout in LAYOUTS:
-                for mode in ("forward", "backward", "forward_backward", "evaluation"):
-                    yield norm(mode, (256, 64, 112, 112), dtype, layout=layout, compiled=True)
-                yield add_relu("forward_backward", (256, 64, 56, 56), dtype, layout=layout, compiled=True)
+
+
+def large_works() -> Iterator[Work]:
+    for dtype in ("float32", "bfloat16"):
+        for layout in LAYOUTS:
+            for mode in ("forward", "backward", "forward_backward", "evaluation"):
+                yield norm(mode, (256, 64, 112, 112), dtype, layout=layout, compiled=True)
+            yield add_relu("forward_backward", (256, 64, 56, 56), dtype, layout=layout, compiled=True)
 
 
 def layer_works(device: str) -> Iterator[Work]:
@@ -223,32 +229,28 @@ def layer_works(device: str) -> Iterator[Work]:
     for dtype in dtypes:
         for batch in batches:
             for layout in LAYOUTS:
+                group = f"ResNet-50 layers, batch {batch}, {dtype}, {layout}"
                 for channels, side, count in RESNET50:
                     yield norm(
                         "forward_backward",
                         (batch, channels, side, side),
                         dtype,
                         layout=layout,
-                        groups=(f"ResNet-50 layers, batch {batch}, {dtype}, {layout}",),
+                        groups=(group + EAGER if device == "cuda" else group,),
                         count=count,
                         compiled=device == "cuda",
+                        replays=device == "cuda",
                     )
 
 
 def size_works(device: str) -> Iterator[Work]:
-    """64 channels from 2^6 elements on, as a linear layer's output at first, then as an image."""
+    """64 channels: on a CPU from 2^6 elements on, as a linear layer's output at first, then as an image."""
     shapes: list[tuple[int, ...]] = [(4, 16), (16, 64)]
     shapes += [(4, 64, side, side) for side in (4, 8, 16, 32)]
-    shapes += [(1 << power, 64, 32, 32) for power in (4, 6, 8, 10, *((14,) if device == "cuda" else ()))]
-    dtypes = ["float32", "bfloat16"] if device == "cuda" else ["float32"]
-    for dtype in dtypes:
+    shapes += [(1 << power, 64, 32, 32) for power in (4, 6, 8, 10)]
+    if device == "cuda":
+        shapes = [(1 << power, 64, 32, 32) for power in (2, 5, 8, 11, 14)]
+    for dtype in ("float32", "bfloat16") if device == "cuda" else ("float32",):
         for shape in shapes:
             for layout in LAYOUTS if len(shape) == 4 else LAYOUTS[:1]:
-                yield norm(
-                    "forward",
-                    shape,
-                    dtype,
-                    layout=layout,
-                    groups=("batch_norm sizes",),
-                    compiled=device == "cuda",
-                )
+                yield norm("forward", shape, dtype, layout=layout, groups=("batch_norm sizes",))

@@ -100,6 +100,52 @@ def test_a_floor_is_not_judged_and_gives_the_bandwidth(rows):
     assert rows["modeprobe"].of_copy == [0.5, 0.5, 0.5]  # two passes, as the clone, in twice its time
 
 
+def replay(monkeypatch, capture, costs=COSTS):
+    """Rows of a work that is also replayed, as (work, provider) -> row."""
+    monkeypatch.setattr(memory, "peak_bytes", lambda run: 0)
+    limits = Limits(seconds=0.0, sample_seconds=3e-3)
+    work = Work("double", "forward", (8,), "float32", 2, setup, groups=("g, eager calls",), replays=True)
+    found = measure.measure(work, "cuda", limits, clock=CostClock(costs), capture=capture)
+    return {(row.work, row.provider): row for row in found}
+
+
+def test_a_replay_has_rows_of_its_own(monkeypatch):
+    """A replay of three calls takes what one call takes here: a third each, where a sample has room."""
+    rows = replay(monkeypatch, lambda candidate, calls: Candidate(candidate.run, note=f"{calls} calls"))
+    eager, again = "double/forward/8/float32", "double/forward/8/float32/graph"
+    assert {work for work, _ in rows} == {eager, again}
+    ours = rows[again, "modeprobe"]
+    assert (ours.note, ours.groups, ours.status) == ("3 calls", ["g, CUDA graph"], "ok")
+    assert ours.seconds[1] == pytest.approx(1e-3 / 3, rel=1e-4)
+    assert rows[again, "torch"].seconds[1] == 4e-3  # one call fills a sample
+    assert ours.ratios["torch"][1] == pytest.approx(12.0)
+    assert rows[eager, "modeprobe"].ratios["torch"][1] == 4.0
+    assert rows[eager, "modeprobe"].groups == ["g, eager calls"]
+    # What the eager calls could not do, replays cannot.
+    for provider, status in (("wrong rival", "wrong"), ("absent rival", "unavailable")):
+        assert rows[again, provider].status == status
+        assert rows[again, provider].seconds is None
+        assert rows[again, provider].reason == rows[eager, provider].reason
+
+
+def test_a_replay_that_fails_or_does_something_else_is_not_timed(monkeypatch):
+    def capture(candidate, calls):
+        _, name = candidate.run()
+        if name == "modeprobe":
+            raise RuntimeError("operation not permitted when stream is capturing\nmore")
+        if name == "slow rival":
+            return Candidate(lambda: (X, name))
+        return Candidate(candidate.run)
+
+    rows = replay(monkeypatch, capture)
+    ours, slow = (rows["double/forward/8/float32/graph", name] for name in ("modeprobe", "slow rival"))
+    assert (ours.status, ours.seconds) == ("unavailable", None)
+    assert ours.reason == "not captured: RuntimeError: operation not permitted when stream is capturing"
+    assert (slow.status, slow.reason) == ("wrong", "worst error 8.0")
+    assert rows["double/forward/8/float32", "modeprobe"].seconds is not None
+    assert set(rows["double/forward/8/float32/graph", "torch"].ratios) == {"x.clone()"}
+
+
 def test_the_tables_show_it(rows, tmp_path):
     from modeprobe.benchmarks import results
 
