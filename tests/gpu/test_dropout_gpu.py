@@ -12,7 +12,7 @@ from modeprobe.ops.dropout import operators
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 BACKENDS = ("native", "triton")
 SMALL = 4097
-SIZES = (0, 1, 7, 8, 9, 111, 1023, SMALL, (1 << 20) + 3)
+SIZES = (0, 1, 7, 8, 9, 111, 1023, SMALL, (1 << 20) + 3, (1 << 22) + 3)  # the last: several tiles per warp
 KEY = (1234, 5)
 
 
