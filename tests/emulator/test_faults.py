@@ -54,8 +54,8 @@ FAULTS = {
     ),
     "off by one at the tail": (
         "elementwise.cuh",
-        "if (at + j < 0 || at + j >= chunks.n) continue;",
-        "if (at + j < 0 || at + j > chunks.n) continue;",
+        "if (at >= 0 && at < chunks.n)",
+        "if (at >= 0 && at <= chunks.n)",
         True,
         "AddressSanitizer: heap-buffer-overflow",
     ),
@@ -82,8 +82,8 @@ FAULTS = {
     ),
     "uninitialised output": (
         "elementwise.cuh",
-        "if (at >= chunks.n) continue;",
-        "if (at + 7 >= chunks.n) continue;",
+        "if (start - lane >= chunks.n) return;",
+        "if (start - lane + kTileElements - 1 >= chunks.n) return;",
         False,
         "WRONG: dropout leaves its output unwritten",
     ),

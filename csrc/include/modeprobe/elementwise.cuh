@@ -18,9 +18,7 @@ constexpr int kShare = sizeof(T) == 8 ? 1 : 4 / inputs;
 // Resident per multiprocessor. With one block less there are registers for the keys of all rounds, at the
 // price of 4% of the bandwidth in 16 bits, none in float32.
 template <typename T, int inputs = 1>
-constexpr int kElementwiseBlocks = sizeof(T) == 8                  ? 2
-                                   : sizeof(T) == 2 && inputs == 1 ? 4
-                                                                   : 3;
+constexpr int kElementwiseBlocks = sizeof(T) == 8 ? 2 : 3 + (sizeof(T) == 2 && inputs == 1);
 
 // The elements [0, n) as chunks of the mask: `head` elements of chunk 0 lie before them.
 struct Chunks {
