@@ -6,10 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import handle_torch_function, has_torch_function
+from torch.overrides import handle_torch_function, has_torch_function, has_torch_function_variadic
 
 from modeprobe import mask
 from modeprobe.ops import batch_norm as ops
+from modeprobe.ops import plain_batch_norm as plain_ops
 from modeprobe.ops import sync_batch_norm as sync_ops
 
 _FLOATING = {
@@ -243,6 +244,50 @@ def batch_norm(
         skipped_batches,
         tail,
     )
+
+
+def plain_batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    momentum: float | None,
+    eps: float,
+    num_batches_tracked: Tensor | None,
+) -> Tensor | None:
+    """:func:`batch_norm` in training, in half of its steps; None where it has to do it, nothing done.
+
+    Only what the compiled operators do not refuse themselves is looked at before.
+    """
+    if (
+        running_mean is None
+        or running_var is None
+        or num_batches_tracked is None
+        or has_torch_function_variadic(input, running_mean, running_var, weight, bias)
+        or not isinstance(input, Tensor)
+        or input.numel() <= running_mean.numel()
+        or eps <= 0.0
+        or running_mean.requires_grad
+        or running_var.requires_grad
+    ):
+        return None
+    allowed = _FLOATING.get(input.dtype, ())
+    if running_mean.dtype not in allowed or running_var.dtype not in allowed:
+        return None
+    if weight is None or bias is None:
+        if weight is not bias:
+            return None
+    elif weight.dtype not in allowed or weight.dtype is not bias.dtype:
+        return None
+    try:
+        return plain_ops.train(
+            input, running_mean, running_var, weight, bias, momentum, eps, num_batches_tracked
+        )
+    except RuntimeError:
+        check(input, running_mean, running_var, weight, bias, True, eps)
+        check_counters(input, running_mean, True, momentum, num_batches_tracked, None)
+        raise
 
 
 def sync_batch_norm(

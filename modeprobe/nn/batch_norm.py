@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 from torch.nn.utils.parametrize import is_parametrized
 
 from modeprobe import functional as F
+from modeprobe.functional.batch_norm import plain_batch_norm
 from modeprobe.nn._backend import on_own_backend
 from modeprobe.nn.fused import in_one_pass
 from modeprobe.nn.policy import StatisticsPolicy
@@ -122,6 +124,28 @@ class _BatchNorm(StatisticsPolicy, nn.modules.batchnorm._BatchNorm):
         """Whether a forward now normalises as in training; where nothing is tracked, nothing is frozen."""
         return self.training and (self._statistics != "frozen" or not self.track_running_stats)
 
+    def _plain(self, input: Tensor) -> Tensor | None:
+        """The commonest forward pass in the fewest steps; None where anything is out of the ordinary."""
+        if (
+            not self.training
+            or self._statistics != "ema"
+            or self.activation is not None
+            or self.dropout_p != 0.0
+            or self.fused_run
+            or not self.track_running_stats
+        ):
+            return None
+        # Without nn.Module.__getattr__, which takes a microsecond each; what is a property is not in there.
+        parameters, buffers = self._parameters, self._buffers
+        if "skipped_batches" in buffers:
+            return None
+        try:
+            mean, var, counter = buffers["running_mean"], buffers["running_var"], buffers["num_batches_tracked"]
+            weight, bias = parameters["weight"], parameters["bias"]
+        except KeyError:
+            return None
+        return plain_batch_norm(input, mean, var, weight, bias, self.momentum, self.eps, counter)
+
     def _batch_norm(
         self,
         input: Tensor,
@@ -175,6 +199,10 @@ class _BatchNorm(StatisticsPolicy, nn.modules.batchnorm._BatchNorm):
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """Normalise ``input``, add ``residual`` if given, then activation and dropout if there are any."""
         self._check_input_dim(input)
+        if residual is None and not is_compiling():
+            output = self._plain(input)
+            if output is not None:
+                return output
         return self._batch_norm(input, residual, F.batch_norm)
 
     def extra_repr(self) -> str:
