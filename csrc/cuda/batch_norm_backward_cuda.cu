@@ -63,9 +63,7 @@ struct Inputs {
   bool recomputes() const {
     return epilogue.activation != int64_t(Activation::kNone) && !epilogue.sign_bits.has_value();
   }
-  Tensor new_sums() const {
-    return empty_strided({2, g.layout.c}, {g.layout.c, 1}, accumulate_type(type), grad_output);
-  }
+  Tensor new_sums() const { return empty_rows(2, g.layout.c, accumulate_type(type), grad_output); }
 
   template <typename T>
   void reduce(const Tensor& statistics, const MaybeTensor& weight, const MaybeTensor& bias,

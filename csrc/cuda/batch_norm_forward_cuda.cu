@@ -96,7 +96,7 @@ Output batch_norm_train(const Tensor& input_in, const MaybeTensor& weight, const
   EpilogueTensors epilogue(g, input, residual, activation, slope, key, p);
 
   const int64_t channels = g.layout.c;
-  Tensor output = g.empty(type, input), statistics = empty_strided({2, channels}, {channels, 1}, wide, input),
+  Tensor output = g.empty(type, input), statistics = empty_rows(2, channels, wide, input),
          sign_bits = new_sign_bits(save_sign_bits, g, input);
   if (g.layout.elements() == 0) {
     torch::stable::zero_(statistics);
@@ -134,8 +134,7 @@ Output batch_norm_eval(const Tensor& input_in, const Tensor& mean, const Tensor&
 
   const int64_t channels = g.layout.c;
   Tensor output = g.empty(type, input),
-         statistics =
-             save ? empty_strided({2, channels}, {channels, 1}, wide, input) : empty_vector(0, wide, input),
+         statistics = save ? empty_rows(2, channels, wide, input) : empty_vector(0, wide, input),
          sign_bits = new_sign_bits(save_sign_bits, g, input);
   if (save_sign_bits) epilogue.sign_bits = sign_bits;
   with_type(type, [&]<typename T>(T) {

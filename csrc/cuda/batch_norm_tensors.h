@@ -18,7 +18,10 @@ struct Geometry {
     check_data(input, kWho, "input");
     const int64_t dims = input.dim();
     STD_TORCH_CHECK(dims >= 2, "batch_norm: input must have shape (N, C, *), got ", dims, " dimension(s)");
-    std::vector<int64_t> contiguous, innermost_channels{1};
+    std::vector<int64_t> contiguous, innermost_channels;
+    contiguous.reserve(dims);
+    innermost_channels.reserve(dims);
+    innermost_channels.push_back(1);
     for (int64_t d = dims; d-- > 0;) {
       contiguous.push_back(d);
       if (d != 1) innermost_channels.push_back(d);
@@ -43,7 +46,7 @@ struct Geometry {
   }
 
   Tensor empty(ScalarType type, const Tensor& beside) const {
-    return empty_strided(sizes, strides, type, beside);
+    return empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(), type, beside);
   }
 
   // `tensor` in this layout: itself, or a copy.

@@ -57,17 +57,23 @@ inline const void* checked_p(double p, const MaybeTensor& p_tensor, const Tensor
   return p_tensor->const_data_ptr();
 }
 
-inline Tensor empty_strided(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides,
-                            ScalarType type, const Tensor& beside) {
+inline Tensor empty_strided(int64_t dims, const int64_t* sizes, const int64_t* strides, ScalarType type,
+                            const Tensor& beside) {
   AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), static_cast<int32_t>(type),
-      aoti_torch_device_type_cuda(), beside.get_device_index(), &handle));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes, strides, static_cast<int32_t>(type),
+                                                  aoti_torch_device_type_cuda(), beside.get_device_index(),
+                                                  &handle));
   return Tensor(handle);
 }
 
 inline Tensor empty_vector(int64_t n, ScalarType type, const Tensor& beside) {
-  return empty_strided({n}, {1}, type, beside);
+  const int64_t stride = 1;
+  return empty_strided(1, &n, &stride, type, beside);
+}
+
+inline Tensor empty_rows(int64_t rows, int64_t columns, ScalarType type, const Tensor& beside) {
+  const int64_t sizes[] = {rows, columns}, strides[] = {columns, 1};
+  return empty_strided(2, sizes, strides, type, beside);
 }
 
 // Whether dimensions, innermost first, follow each other in memory without gaps.

@@ -15,6 +15,10 @@
 #include <cuda_pipeline_primitives.h>
 #include <cuda_runtime.h>
 
+#include <map>
+#include <mutex>
+#include <tuple>
+
 namespace modeprobe {
 template <typename T>
 using type_of = T;
@@ -35,13 +39,35 @@ constexpr int kWarps = kThreads / kWarp;
 
 constexpr size_t kSharedWithoutAsking = 48 << 10;  // static and dynamic together
 
+// What does not change while a process lives, asked once for each device: of a kernel (null: of the device)
+// the answer to `question`. A small layer takes the GPU less time than the runtime takes for three of them.
+// Only answers > 0 are kept.
+template <typename Ask>
+int remembered(const void* kernel, int question, const Ask& ask) {
+#if defined(MODEPROBE_EMULATOR)
+  return ask(0);
+#else
+  static std::mutex mutex;
+  static std::map<std::tuple<const void*, int, int>, int> answers;
+  int device = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) return 0;
+  const std::tuple<const void*, int, int> about{kernel, question, device};
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto found = answers.find(about);
+  if (found != answers.end()) return found->second;
+  const int answer = ask(device);
+  if (answer > 0) answers.emplace(about, answer);
+  return answer;
+#endif
+}
+
 // What the current device says, or `otherwise` where it cannot be asked.
 inline int device_attribute(cudaDeviceAttr attribute, int otherwise) {
-  int device = 0, value = 0;
-  if (cudaGetDevice(&device) != cudaSuccess ||
-      cudaDeviceGetAttribute(&value, attribute, device) != cudaSuccess)
-    return otherwise;
-  return value > 0 ? value : otherwise;
+  const int found = remembered(nullptr, int(attribute), [=](int device) {
+    int value = 0;
+    return cudaDeviceGetAttribute(&value, attribute, device) == cudaSuccess ? value : 0;
+  });
+  return found > 0 ? found : otherwise;
 }
 inline int multiprocessors() { return device_attribute(cudaDevAttrMultiProcessorCount, 1); }
 inline int shared_bytes_per_block() {
@@ -60,8 +86,11 @@ cudaError_t launch_with_shared(void (*kernel)(Params...), dim3 grid, dim3 block,
   if (shared_bytes + static_bytes > kSharedWithoutAsking) {
     // As much as there can be, always: another thread may be about to launch the kernel with more than this.
     const int most = shared_bytes_per_block() - int(static_bytes);
-    const cudaError_t status =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+    cudaError_t status = cudaSuccess;
+    remembered(reinterpret_cast<const void*>(kernel), most, [&](int) {
+      status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+      return status == cudaSuccess;
+    });
     if (status != cudaSuccess) return status;
   }
   cudaLaunchConfig_t config{};
@@ -86,9 +115,12 @@ inline unsigned blocks_for(int64_t items) { return unsigned((items + kThreads - 
 template <typename... Params>
 int resident_blocks(void (*kernel)(Params...), int most) {
 #if !defined(MODEPROBE_EMULATOR)
-  int found = 0;
-  if (cudaOccupancyMaxActiveBlocksPerMultiprocessor(&found, kernel, kThreads, 0) == cudaSuccess && found > 0)
-    return found < most ? found : most;
+  const int found = remembered(reinterpret_cast<const void*>(kernel), kThreads, [=](int) {
+    int blocks = 0;
+    return cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, kThreads, 0) == cudaSuccess ? blocks
+                                                                                                      : 0;
+  });
+  if (found > 0) return found < most ? found : most;
 #endif
   return most;
 }
