@@ -7,6 +7,8 @@ import torch
 import triton
 import triton.language as tl
 
+from ._sizes import next_power_of_2
+
 
 class Layout(NamedTuple):
     """Contiguous: memory is (batch, channels, spatial). channels_last: (batch, channels) and spatial is 1."""
@@ -80,5 +82,5 @@ def as_layout(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 def channel_tile(layout: Layout) -> tuple[int, int]:
     """(rows, vectors per row) of a tile of 128 vectors, eight vectors (128 bytes of a row) wide at most."""
-    columns = min(8, triton.next_power_of_2(layout.channels // layout.vector))
+    columns = min(8, next_power_of_2(layout.channels // layout.vector))
     return 128 // columns, columns

@@ -1,5 +1,6 @@
 """What p means: the threshold T and the factors, from a number or, on the device, from a tensor."""
 
+import functools
 import math
 import struct
 from typing import NamedTuple
@@ -34,10 +35,14 @@ def triton_acc(dtype: torch.dtype) -> tl.dtype:
     return _TRITON_ACC[accumulate_dtype(dtype)]
 
 
+_INT32, _INT64, _FLOAT32, _FLOAT64 = (struct.Struct(f"<{code}") for code in "iqfd")
+
+
 def bits_of(value: float, acc: torch.dtype) -> int:
     """The bits of ``value`` as float32 or float64, as a signed integer."""
-    wide = acc == torch.float64
-    return struct.unpack("<q" if wide else "<i", struct.pack("<d" if wide else "<f", value))[0]
+    if acc == torch.float64:
+        return _INT64.unpack(_FLOAT64.pack(value))[0]
+    return _INT32.unpack(_FLOAT32.pack(value))[0]
 
 
 def parameters(
@@ -69,6 +74,11 @@ def parameters(
             p.to(torch.float64), out, scaled, alpha, linear, acc == torch.float64, ALPHA_PRIME, num_warps=1
         )
         return Parameters(out, 0, 0, 0, 0, 0)
+    return _from_number(p, acc, scaled, alpha, linear)
+
+
+@functools.lru_cache(maxsize=256)
+def _from_number(p: float, acc: torch.dtype, scaled: bool, alpha: bool, linear: bool) -> Parameters:
     if not 0.0 <= p <= 1.0:
         raise ValueError(f"p must be in [0, 1], got {p}")
     threshold = round((1.0 - p) * 2.0**32)

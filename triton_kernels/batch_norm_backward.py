@@ -5,8 +5,10 @@ import triton
 import triton.language as tl
 
 from ._epilogue import _gradient_tile, _key_of, _load_vectors, _scalars, _store_vectors
+from ._launch import launch
 from ._layout import Layout, _advance, _walk, channel_tile
 from ._parameters import _from_bits, accumulate_dtype, bits_of, parameters, triton_acc
+from ._sizes import cdiv, next_power_of_2
 from .batch_norm_forward import _channel_of, _load_affine, vectors_per_program
 from .batch_norm_statistics import slices, unroll_for
 
@@ -327,10 +329,13 @@ def launch_batch_norm_sums(
         rows, columns = channel_tile(layout)
         unroll = unroll_for(layout.batch, rows, 2 if key is not None else 4)
         channels = layout.channels // layout.vector
-        groups = triton.cdiv(channels, columns)
+        groups = cdiv(channels, columns)
         per_split, splits = slices(layout.batch, unroll * rows, groups)
         parts = x.new_empty((splits, 2, layout.channels), dtype=acc)
-        _batch_norm_backward_reduce_channels_last_kernel[(groups, splits)](
+        launch(
+            _batch_norm_backward_reduce_channels_last_kernel,
+            (groups, splits),
+            4,
             dy,
             x,
             parts,
@@ -343,16 +348,18 @@ def launch_batch_norm_sums(
             rows,
             columns,
             layout.vector,
-            num_warps=4,
         )
     else:
         vectors = layout.batch * layout.spatial // layout.vector
-        rows = min(128, max(32, triton.next_power_of_2(vectors)))
+        rows = min(128, max(32, next_power_of_2(vectors)))
         unroll = unroll_for(vectors, rows, 2 if key is not None else 4)
         per_split, splits = slices(vectors, unroll * rows, layout.channels)
         parts = x.new_empty((splits, 2, layout.channels), dtype=acc)
         index = tl.int64 if x.numel() + (1 << 16) > 2**31 else tl.int32
-        _batch_norm_backward_reduce_kernel[(layout.channels, splits)](
+        launch(
+            _batch_norm_backward_reduce_kernel,
+            (layout.channels, splits),
+            rows // 32,
             dy,
             x,
             parts,
@@ -366,15 +373,22 @@ def launch_batch_norm_sums(
             unroll,
             rows,
             layout.vector,
-            num_warps=rows // 32,
         )
     if splits == 1:
         return parts[0]
     sums = torch.empty_like(parts[0])
     width = 2 * layout.channels
-    columns = min(64, triton.next_power_of_2(width))
-    _sum_splits_kernel[(triton.cdiv(width, columns),)](
-        parts, sums, splits, width, min(32, triton.next_power_of_2(splits)), columns, num_warps=4
+    columns = min(64, next_power_of_2(width))
+    launch(
+        _sum_splits_kernel,
+        (cdiv(width, columns),),
+        4,
+        parts,
+        sums,
+        splits,
+        width,
+        min(32, next_power_of_2(splits)),
+        columns,
     )
     return sums
 
@@ -433,15 +447,28 @@ def launch_batch_norm_input_gradient(
         rows, columns = channel_tile(layout)
         channels = layout.channels // layout.vector
         tiles = 4 if layout.batch * channels >= 1 << 17 else 1
-        grid = (triton.cdiv(layout.batch, tiles * rows), triton.cdiv(channels, columns))
-        _batch_norm_backward_input_channels_last_kernel[grid](
-            *tensors, layout.batch, channels, *scalars, tiles, rows, columns, layout.vector, num_warps=4
+        grid = (cdiv(layout.batch, tiles * rows), cdiv(channels, columns))
+        launch(
+            _batch_norm_backward_input_channels_last_kernel,
+            grid,
+            4,
+            *tensors,
+            layout.batch,
+            channels,
+            *scalars,
+            tiles,
+            rows,
+            columns,
+            layout.vector,
         )
     else:
         spatial = layout.spatial // layout.vector
         vectors = dy.numel() // layout.vector
         block = min(256, vectors_per_program(vectors))
-        _batch_norm_backward_input_kernel[(triton.cdiv(vectors, block),)](
+        launch(
+            _batch_norm_backward_input_kernel,
+            (cdiv(vectors, block),),
+            4,
             *tensors,
             vectors,
             layout.channels,
@@ -450,6 +477,5 @@ def launch_batch_norm_input_gradient(
             block,
             spatial >= block,
             layout.vector,
-            num_warps=4,
         )
     return dx, dresidual

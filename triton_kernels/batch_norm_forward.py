@@ -5,8 +5,10 @@ import triton
 import triton.language as tl
 
 from ._epilogue import _forward_tile, _key_of, _load_vectors, _scalars
+from ._launch import launch
 from ._layout import Layout, channel_tile, same_memory
 from ._parameters import _from_bits, accumulate_dtype, bits_of, parameters, triton_acc
+from ._sizes import cdiv
 
 _SCALARS = ("vectors", "rows", "channels", "spatial", "eps", "slope", "hi", "lo", "scale")
 
@@ -172,8 +174,8 @@ class SignBits:
 
     def finish(self) -> torch.Tensor:
         if self.out is not None and self.out is not self.packed:
-            grid = (triton.cdiv(self.packed.numel(), 512),)
-            _pack_signs_kernel[grid](self.out, self.packed, self.out.numel(), 512, num_warps=4)
+            grid = (cdiv(self.packed.numel(), 512),)
+            launch(_pack_signs_kernel, grid, 4, self.out, self.packed, self.out.numel(), 512)
         return self.packed
 
 
@@ -231,15 +233,28 @@ def launch_batch_norm_normalize(
         rows, columns = channel_tile(layout)
         tiles = 4 if layout.batch * layout.channels // layout.vector >= 1 << 17 else 1
         channels = layout.channels // layout.vector
-        grid = (triton.cdiv(layout.batch, tiles * rows), triton.cdiv(channels, columns))
-        _batch_norm_forward_channels_last_kernel[grid](
-            *tensors, layout.batch, channels, *scalars, tiles, rows, columns, layout.vector, num_warps=4
+        grid = (cdiv(layout.batch, tiles * rows), cdiv(channels, columns))
+        launch(
+            _batch_norm_forward_channels_last_kernel,
+            grid,
+            4,
+            *tensors,
+            layout.batch,
+            channels,
+            *scalars,
+            tiles,
+            rows,
+            columns,
+            layout.vector,
         )
     else:
         spatial = layout.spatial // layout.vector
         vectors = x.numel() // layout.vector
         block = vectors_per_program(vectors)
-        _batch_norm_forward_kernel[(triton.cdiv(vectors, block),)](
+        launch(
+            _batch_norm_forward_kernel,
+            (cdiv(vectors, block),),
+            4,
             *tensors,
             vectors,
             layout.channels,
@@ -248,6 +263,5 @@ def launch_batch_norm_normalize(
             block,
             spatial >= block,
             layout.vector,
-            num_warps=4,
         )
     return y, signs.finish()

@@ -11,9 +11,11 @@ import triton
 import triton.language as tl
 
 from ._epilogue import _forward_tile, _gradient_tile, _key_of, _load_vectors, _scalars
+from ._launch import launch
 from ._layout import Layout
 from ._moments import _finite_or_zero
 from ._parameters import _from_bits, accumulate_dtype, bits_of, parameters, triton_acc
+from ._sizes import cdiv, next_power_of_2
 from .batch_norm_backward import _store_gradients
 from .batch_norm_forward import SignBits, _load_affine, _load_channel
 from .batch_norm_statistics import _fold
@@ -37,19 +39,19 @@ class Tile(NamedTuple):
 def on_chip_tile(x: torch.Tensor, layout: Layout) -> Tile | None:
     """None where the data of the channels that a program would own do not fit into its registers."""
     vectors = layout.batch * layout.spatial // (1 if layout.channels_last else layout.vector)
-    rows, columns = triton.next_power_of_2(max(vectors, 1)), 1
+    rows, columns = next_power_of_2(max(vectors, 1)), 1
     most = _BYTES // accumulate_dtype(x.dtype).itemsize // layout.vector
     groups = layout.channels
     if layout.channels_last:
         groups //= layout.vector
-        least = min(triton.next_power_of_2(groups), max(1, _SECTOR // (layout.vector * x.element_size())))
-        columns = max(least, min(8, triton.next_power_of_2(groups)))
+        least = min(next_power_of_2(groups), max(1, _SECTOR // (layout.vector * x.element_size())))
+        columns = max(least, min(8, next_power_of_2(groups)))
         while columns > least and (columns * rows > most or groups < _PROGRAMS * columns):
             columns //= 2
     if not x.numel() or columns * rows > most or x.numel() >= 1 << 31:
         return None
     warps = min(8, max(1, columns * rows * layout.vector // 512))
-    return Tile(triton.cdiv(groups, columns), rows, columns, warps)
+    return Tile(cdiv(groups, columns), rows, columns, warps)
 
 
 @triton.jit
@@ -243,7 +245,10 @@ def launch_batch_norm_on_chip_train(
     statistics = torch.empty((2, layout.channels), dtype=acc, device=x.device)
     signs = SignBits(save_sign_bits, x, layout)
     values = parameters(p, x.device, acc)
-    _batch_norm_on_chip_forward_kernel[(tile.programs,)](
+    launch(
+        _batch_norm_on_chip_forward_kernel,
+        (tile.programs,),
+        tile.warps,
         x,
         y,
         statistics[0],
@@ -269,7 +274,6 @@ def launch_batch_norm_on_chip_train(
         tile.rows,
         tile.columns,
         layout.vector,
-        num_warps=tile.warps,
     )
     return y, statistics, signs.finish()
 
@@ -300,7 +304,10 @@ def launch_batch_norm_on_chip_backward(
     dtype = acc if weight is None else weight.dtype
     dweight, dbias = (dy.new_empty(layout.channels if need_affine else 0, dtype=dtype) for _ in range(2))
     values = parameters(p, x.device, acc)
-    _batch_norm_on_chip_backward_kernel[(tile.programs,)](
+    launch(
+        _batch_norm_on_chip_backward_kernel,
+        (tile.programs,),
+        tile.warps,
         dy,
         x,
         dx,
@@ -327,6 +334,5 @@ def launch_batch_norm_on_chip_backward(
         tile.rows,
         tile.columns,
         layout.vector,
-        num_warps=tile.warps,
     )
     return dx, dweight, dbias, dresidual

@@ -5,9 +5,11 @@ import torch
 import triton
 import triton.language as tl
 
+from ._launch import launch
 from ._layout import Layout, _advance, _vector_of, _walk, channel_tile, layout_of
 from ._moments import _finite_or_zero, _join_count, _merge, _merge_axis, _split_count
 from ._parameters import _from_bits, accumulate_dtype, bits_of, triton_acc
+from ._sizes import cdiv, next_power_of_2
 
 _INTEGERS = ("batch", "channels", "spatial", "per_split")
 
@@ -243,10 +245,13 @@ def _partial_moments(x: torch.Tensor, layout: Layout) -> torch.Tensor:
     if layout.channels_last:
         rows, columns = channel_tile(layout)
         unroll = unroll_for(layout.batch, rows, 4)
-        groups = triton.cdiv(layout.channels, columns * layout.vector)
+        groups = cdiv(layout.channels, columns * layout.vector)
         per_split, splits = slices(layout.batch, unroll * rows, groups)
         moments = x.new_empty((splits, 2 * layout.channels + 2), dtype=acc)
-        _batch_norm_moments_channels_last_kernel[(groups, splits)](
+        launch(
+            _batch_norm_moments_channels_last_kernel,
+            (groups, splits),
+            4,
             x,
             moments,
             layout.batch,
@@ -258,15 +263,17 @@ def _partial_moments(x: torch.Tensor, layout: Layout) -> torch.Tensor:
             rows,
             columns * layout.vector,
             layout.vector,
-            num_warps=4,
         )
         return moments
     vectors = layout.batch * layout.spatial // layout.vector
-    rows = min(128, max(32, triton.next_power_of_2(vectors)))
+    rows = min(128, max(32, next_power_of_2(vectors)))
     unroll = unroll_for(vectors, rows, 4)
     per_split, splits = slices(vectors, unroll * rows, layout.channels)
     moments = x.new_empty((splits, 2 * layout.channels + 2), dtype=acc)
-    _batch_norm_moments_kernel[(layout.channels, splits)](
+    launch(
+        _batch_norm_moments_kernel,
+        (layout.channels, splits),
+        rows // 32,
         x,
         moments,
         layout.batch,
@@ -278,21 +285,20 @@ def _partial_moments(x: torch.Tensor, layout: Layout) -> torch.Tensor:
         unroll,
         rows,
         layout.vector,
-        num_warps=rows // 32,
     )
     return moments
 
 
 def unroll_for(total: int, rows: int, most: int) -> int:
     """How many groups of ``rows`` a loop takes at once, a power of two: no more than there are."""
-    return min(most, triton.next_power_of_2(triton.cdiv(total, rows)))
+    return min(most, next_power_of_2(cdiv(total, rows)))
 
 
 def slices(total: int, step: int, others: int, programs: int = 2048) -> tuple[int, int]:
     """(size of a slice, a multiple of ``step``; number of slices) for about ``programs`` programs in all."""
-    slices = max(1, min(triton.cdiv(total, step), programs // max(others, 1)))
-    size = triton.cdiv(triton.cdiv(total, slices), step) * step
-    return size, triton.cdiv(total, size)
+    slices = max(1, min(cdiv(total, step), programs // max(others, 1)))
+    size = cdiv(cdiv(total, slices), step) * step
+    return size, cdiv(total, size)
 
 
 def _launch_merge(
@@ -309,10 +315,13 @@ def _launch_merge(
     kind: str,
 ) -> None:
     splits, channels = moments.shape[0], (moments.shape[1] - 2) // 2
-    columns = min(64, triton.next_power_of_2(max(channels, 1)))
+    columns = min(64, next_power_of_2(max(channels, 1)))
     cumulative = momentum is None
     alone = skipped_batches is not None or (cumulative and num_batches_tracked is not None)
-    _batch_norm_merge_kernel[(1 if alone else max(1, triton.cdiv(channels, columns)),)](
+    launch(
+        _batch_norm_merge_kernel,
+        (1 if alone else max(1, cdiv(channels, columns)),),
+        4,
         moments,
         mean,
         second,
@@ -327,9 +336,8 @@ def _launch_merge(
         bits_of(eps, moments.dtype),
         cumulative,
         kind,
-        min(32, triton.next_power_of_2(splits)),
+        min(32, next_power_of_2(splits)),
         columns,
-        num_warps=4,
     )
 
 

@@ -7,6 +7,7 @@ import triton.language as tl
 from ._layout import Layout, channel_tile
 from ._mask import _keep, _load_key
 from ._parameters import _factor, _threshold, accumulate_dtype, parameters, triton_acc
+from ._sizes import cdiv, next_power_of_2
 from .batch_norm_backward import _sum_splits_kernel
 from .batch_norm_statistics import slices, unroll_for
 from .dropout import check_key, vector_width
@@ -122,7 +123,7 @@ def launch_bias_dropout_add(
     vector = vector_width(x.element_size(), width, offset)
     vectors = x.numel() // vector
     block = 256 if vectors >= 1 << 17 else 128
-    _bias_dropout_add_kernel[(triton.cdiv(vectors, block),)](
+    _bias_dropout_add_kernel[(cdiv(vectors, block),)](
         x,
         None if bias is None else bias.contiguous(),
         residual,
@@ -157,7 +158,7 @@ def launch_bias_dropout_add_backward(
     vector = vector_width(dy.element_size(), width, offset)
     tile_rows, columns = channel_tile(Layout(rows, width, 1, True, vector))
     unroll = unroll_for(rows, tile_rows, 2)
-    groups = triton.cdiv(width // vector, columns)
+    groups = cdiv(width // vector, columns)
     per_split, splits = slices(rows, unroll * tile_rows, groups)
     parts = torch.empty((splits, width), dtype=acc, device=dy.device)
     _bias_dropout_add_backward_kernel[(groups, splits)](
@@ -180,8 +181,8 @@ def launch_bias_dropout_add_backward(
     if splits == 1:
         return dx, parts[0].to(dy.dtype)
     total = torch.empty(width, dtype=acc, device=dy.device)
-    block = min(64, triton.next_power_of_2(width))
-    _sum_splits_kernel[(triton.cdiv(width, block),)](
-        parts, total, splits, width, min(32, triton.next_power_of_2(splits)), block, num_warps=4
+    block = min(64, next_power_of_2(width))
+    _sum_splits_kernel[(cdiv(width, block),)](
+        parts, total, splits, width, min(32, next_power_of_2(splits)), block, num_warps=4
     )
     return dx, total.to(dy.dtype)

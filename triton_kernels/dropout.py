@@ -6,9 +6,11 @@ import torch
 import triton
 import triton.language as tl
 
+from ._launch import launch
 from ._mask import _keep, _load_key
 from ._parameters import Parameters, _factor, _threshold, accumulate_dtype, parameters, triton_acc
 from ._philox import _philox
+from ._sizes import cdiv
 
 _SCALARS = ("numel", "offset", "hi", "lo", "scale", "shift", "fill")
 
@@ -157,8 +159,20 @@ def _launch(
     if numel:
         vector = vector_width(x.element_size(), offset)
         block = block_size(vector, numel)
-        _dropout_forward_kernel[(triton.cdiv(numel, block),)](
-            x, y, key, *values, numel, offset, affine, triton_acc(x.dtype), block, vector, num_warps=4
+        launch(
+            _dropout_forward_kernel,
+            (cdiv(numel, block),),
+            4,
+            x,
+            y,
+            key,
+            *values,
+            numel,
+            offset,
+            affine,
+            triton_acc(x.dtype),
+            block,
+            vector,
         )
     if out is None:
         return y
@@ -206,7 +220,7 @@ def launch_dropout_mask(
     if numel:
         vector = vector_width(1, offset)
         block = block_size(vector, numel)
-        _dropout_mask_kernel[(triton.cdiv(numel, block),)](
+        _dropout_mask_kernel[(cdiv(numel, block),)](
             mask.view(torch.uint8),
             key,
             values.pointer,

@@ -6,6 +6,7 @@ import triton.language as tl
 
 from ._mask import _keep, _load_key
 from ._parameters import _factor, _threshold, accumulate_dtype, parameters, triton_acc
+from ._sizes import next_power_of_2
 from .dropout import check_key, vector_width
 
 # A row of at most so many elements stays in registers; a longer one is read twice.
@@ -233,7 +234,7 @@ def _softmax_dropout_backward_kernel(
 
 def _block(length: int) -> tuple[int, int]:
     """(elements of a row handled at once, warps): 16 elements a thread, 32 in the longest rows."""
-    block = min(max(256, triton.next_power_of_2(length)), MOST_IN_REGISTERS)
+    block = min(max(256, next_power_of_2(length)), MOST_IN_REGISTERS)
     if length > block:
         block = 4096
     return block, min(16, max(1, block // 512))

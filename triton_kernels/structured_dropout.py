@@ -10,6 +10,7 @@ import triton.language as tl
 
 from ._mask import _keep, _load_key
 from ._parameters import Parameters, _factor, _threshold, accumulate_dtype, parameters, triton_acc
+from ._sizes import cdiv
 from .dropout import check_key, is_dense, vector_width
 
 _SCALARS = ("hi", "lo", "scale", "shift", "fill", "vectors", "offset", "period", "inner")
@@ -104,7 +105,7 @@ def _launch_dense(
         period = pattern.shared * inner
     vectors = x.numel() // vector
     block = 512 if vectors >= 1 << 17 else 128
-    _structured_dropout_kernel[(triton.cdiv(vectors, block),)](
+    _structured_dropout_kernel[(cdiv(vectors, block),)](
         x,
         y,
         key,

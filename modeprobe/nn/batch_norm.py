@@ -140,7 +140,11 @@ class _BatchNorm(StatisticsPolicy, nn.modules.batchnorm._BatchNorm):
         if "skipped_batches" in buffers:
             return None
         try:
-            mean, var, counter = buffers["running_mean"], buffers["running_var"], buffers["num_batches_tracked"]
+            mean, var, counter = (
+                buffers["running_mean"],
+                buffers["running_var"],
+                buffers["num_batches_tracked"],
+            )
             weight, bias = parameters["weight"], parameters["bias"]
         except KeyError:
             return None

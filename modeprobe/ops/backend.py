@@ -98,9 +98,10 @@ _on_cpu, _on_cuda = _extension.built_for("cpu"), _extension.built_for("cuda")
 
 def is_native(x: Tensor) -> bool:
     """Whether the backend in force for ``x`` is "native", in the fewest steps; not for compilers."""
-    return ((x.is_cuda and _on_cuda) or (x.is_cpu and _on_cpu)) and (
-        (_owned and _own.name) or _selected
-    ) in ("auto", "native")
+    return ((x.is_cuda and _on_cuda) or (x.is_cpu and _on_cpu)) and ((_owned and _own.name) or _selected) in (
+        "auto",
+        "native",
+    )
 
 
 @functools.cache

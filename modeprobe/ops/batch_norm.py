@@ -18,6 +18,7 @@ from torch.autograd import forward_ad
 from modeprobe import _extension, reference
 from modeprobe.ops import backend
 from modeprobe.ops.batch_norm_fake import FAKES
+from modeprobe.ops.eager import eager
 
 ACTIVATIONS = {
     None: reference.NONE,
@@ -164,9 +165,13 @@ def _forward(ctx, x, weight, bias, residual, key, call):
     return y
 
 
-def bias_of(ctx, saved: Tensor | None, statistics: Tensor) -> Tensor | None:
+def bias_of(ctx, saved: Tensor | None, statistics: Tensor, weight: Tensor | None) -> Tensor | None:
     """The saved bias, or what has its shape and dtype: its values count only where z is recomputed."""
-    return statistics[0].to(ctx.bias_dtype) if saved is None and ctx.bias_dtype is not None else saved
+    if saved is not None or ctx.bias_dtype is None:
+        return saved
+    if weight is not None and weight.dtype is ctx.bias_dtype:
+        return weight
+    return statistics[0].to(ctx.bias_dtype)
 
 
 def _backward(ctx, grad):
@@ -174,8 +179,8 @@ def _backward(ctx, grad):
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         return differentiable_backward(ctx, ctx.saved_tensors, reference.mean_and_variance, grad)
     x, statistics, weight, bias, residual, key, sign_bits = ctx.saved_tensors
-    bias = bias_of(ctx, bias, statistics)
     training, _, activation, slope, p, name = ctx.arguments
+    bias = bias_of(ctx, bias, statistics, weight)
     need_x, need_weight, need_bias, need_residual = ctx.needs_input_grad[:4]
     plain = activation == reference.NONE and key is None
     gx, gw, gb, gr = operators(name).batch_norm_backward(
@@ -225,6 +230,9 @@ class PackedBatchNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         return *_backward(ctx, grad), None, None
+
+
+_packed = eager(PackedBatchNorm)
 
 
 def differentiable_backward(
@@ -368,7 +376,7 @@ def batch_norm(
             # Dynamo wants every tensor once.
             residual = residual.view_as(residual) if residual is x else residual
             return BatchNorm.apply(x, weight, bias, residual, key, *call)
-        return PackedBatchNorm.apply(x, weight, bias, residual, key, call)
+        return _packed(x, weight, bias, residual, key, call)
     ops = operators(name)
     if training:
         return updating(ops, "batch_norm_train")(

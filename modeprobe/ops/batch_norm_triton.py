@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import torch
+from typing import Any
 
 from modeprobe.ops.batch_norm import UPDATING, once
 from modeprobe.ops.batch_norm_fake import FAKES
-from modeprobe.ops.triton_call import prepared
+from modeprobe.ops.triton_call import prepared, register
 from modeprobe.triton_kernels import batch_norm as kernels
 
 _EPILOGUE = "Tensor? residual=None, int activation=0, float slope=0.01, Tensor? key=None, float p=0.0"
@@ -36,17 +36,9 @@ _SCHEMAS = {
 }
 
 
-def _register(name: str) -> torch.library.CustomOpDef:
-    mutated = _BUFFER_NAMES if name in UPDATING else ()
-    launch = prepared(getattr(kernels, f"launch_{name}"), mutated)
-    operator = torch.library.custom_op(
-        f"modeprobe_triton::{name}",
-        once(name, launch) if name in UPDATING else launch,
-        mutates_args=mutated,
-        schema=_SCHEMAS[name],
-    )
-    operator.register_fake(FAKES[name])
-    return operator
+def _register(name: str) -> Any:
+    launch = prepared(getattr(kernels, f"launch_{name}"), _BUFFER_NAMES if name in UPDATING else ())
+    return register(name, once(name, launch) if name in UPDATING else launch, _SCHEMAS[name], FAKES[name])
 
 
 batch_norm_train = _register("batch_norm_train")

@@ -7,7 +7,6 @@ double backward and forward derivative are the operator itself without the const
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,6 +18,7 @@ from modeprobe import _extension, mask
 from modeprobe.ops import backend, dropout_reference
 from modeprobe.ops.dropout_fake import FAKES
 from modeprobe.ops.dropout_reference import is_dense
+from modeprobe.ops.eager import eager
 
 DTYPES = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
 
@@ -66,11 +66,6 @@ def _laid_out(x: Tensor, order: list[int] | None) -> Tensor:
 
 def _counts_memory(operator: str, rest: tuple) -> bool:
     return operator == "dropout" or (operator == "alpha_dropout" and not rest[0])
-
-
-def _eager(function: type[Function]) -> Callable[..., Any]:
-    """``function.apply`` without what it does for functorch alone: a fifth of the cost of a small tensor."""
-    return super(Function, function).apply  # type: ignore[misc]
 
 
 class Masked(Function):
@@ -154,7 +149,7 @@ def derivative(tangent, key, p_tensor, p, rest, operator, name):
     return masked(tangent, key, p_tensor, p, rest, operator, name)
 
 
-_masked = _eager(Masked)
+_masked = eager(Masked)
 
 
 def masked(
@@ -197,7 +192,7 @@ class _FreshDropout(Function):
         return _native_dropout(grad, key, ctx.p), None
 
 
-_fresh_dropout = _eager(_FreshDropout)
+_fresh_dropout = eager(_FreshDropout)
 
 
 def _fresh_key(x: Tensor) -> Tensor:
@@ -259,8 +254,8 @@ def masked_(
     if x.requires_grad and torch.is_grad_enabled():
         return DropoutInplace.apply(x, key, p_tensor, p, rest, "dropout", name)
     operators(name).dropout_(x, key, p, *rest, p_tensor)
-    if name == "native" and not compiling and not x.is_inference():
-        torch.autograd.graph.increment_version(x)  # operators of a C++ library do not
+    if name != "reference" and not compiling and not x.is_inference():
+        torch.autograd.graph.increment_version(x)  # operators of a library do not
     return x
 
 
@@ -295,7 +290,7 @@ class BiasDropoutAdd(Function):
         return grad_x, grad_bias, grad_residual, None, None, None, None, None
 
 
-_bias_dropout_add = _eager(BiasDropoutAdd)
+_bias_dropout_add = eager(BiasDropoutAdd)
 
 
 def bias_dropout_add(
@@ -358,7 +353,7 @@ class SoftmaxDropout(Function):
         return grad_scores, grad_mask, None, None, None, None, None
 
 
-_softmax_dropout = _eager(SoftmaxDropout)
+_softmax_dropout = eager(SoftmaxDropout)
 
 
 def softmax_dropout(

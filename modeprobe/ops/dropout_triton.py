@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 from modeprobe.ops.dropout_fake import FAKES
-from modeprobe.ops.triton_call import prepared
+from modeprobe.ops.triton_call import prepared, register
 
 _P = "Tensor key, float p"
 _PLACE = "int offset=0"
@@ -105,14 +103,7 @@ def _softmax_dropout_backward(grad_output, probabilities, key, p, offset=0, p_te
 
 
 def _register(name: str) -> Any:
-    operator = torch.library.custom_op(
-        f"modeprobe_triton::{name}",
-        prepared(globals()[f"_{name}"]),
-        mutates_args=("input",) if name == "dropout_" else (),
-        schema=_SCHEMAS[name],
-    )
-    operator.register_fake(FAKES[name])
-    return operator
+    return register(name, prepared(globals()[f"_{name}"]), _SCHEMAS[name], FAKES[name])
 
 
 dropout = _register("dropout")

@@ -14,6 +14,7 @@ from torch.autograd import Function, forward_ad
 from modeprobe import _extension, reference
 from modeprobe.ops import backend
 from modeprobe.ops.batch_norm import differentiable_backward
+from modeprobe.ops.eager import eager
 
 _native = _extension.loaded()
 # `_op` is the operator without a frame of Python around it.
@@ -51,7 +52,7 @@ class PlainBatchNorm(Function):
         return gx if need_x else None, gw if need_weight else None, gb if need_bias else None, None
 
 
-_plain = super(Function, PlainBatchNorm).apply  # type: ignore[misc]  # less what is for functorch alone
+_plain = eager(PlainBatchNorm)
 
 
 def train(

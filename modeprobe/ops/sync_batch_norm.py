@@ -110,7 +110,7 @@ class SyncBatchNorm(torch.autograd.Function):
                 return _shared_moments(x, statistics[0], count, group)
 
             return *differentiable_backward(ctx, tuple(saved), moments, grad), *[None] * 12
-        bias = bias_of(ctx, bias, statistics)
+        bias = bias_of(ctx, bias, statistics, weight)
         need_x, need_weight, need_bias, need_residual = ctx.needs_input_grad[:4]
         ops = operators(name)
         tail = (residual, activation, slope, key, p, sign_bits)

@@ -1,8 +1,8 @@
-"""What launchers of Triton kernels take for granted: the current device, and vectors without gaps."""
+"""How launchers of Triton kernels become operators, and what they take for granted: the current device, and
+vectors without gaps."""
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,6 +11,9 @@ import torch
 
 # Arguments of one dimension whose elements a kernel expects side by side.
 _VECTORS = ("key", "weight", "bias", "mean", "variance", "running_mean", "running_var")
+
+# Not torch.library.custom_op, which wraps every call in some 50 us of Python.
+_library = torch.library.Library("modeprobe_triton", "FRAGMENT")
 
 
 def prepared(launch: Callable[..., Any], mutated: Sequence[str] = ()) -> Callable[..., Any]:
@@ -21,17 +24,34 @@ def prepared(launch: Callable[..., Any], mutated: Sequence[str] = ()) -> Callabl
     names = list(inspect.signature(launch).parameters)
     vectors = [at for at, name in enumerate(names) if name in _VECTORS]
 
-    @functools.wraps(launch)
     def call(*args: Any) -> Any:
+        strided = [
+            at for at in vectors if at < len(args) and args[at] is not None and not args[at].is_contiguous()
+        ]
+        if not strided:
+            return launch(*args)
         dense = list(args)
-        with torch.cuda.device_of(args[0]):
-            for at in vectors:
-                if at < len(args) and args[at] is not None:
-                    dense[at] = args[at].contiguous()
-            result = launch(*dense)
-            for at in vectors:
-                if at < len(args) and names[at] in mutated and dense[at] is not args[at]:
-                    args[at].copy_(dense[at])
+        for at in strided:
+            dense[at] = args[at].contiguous()
+        result = launch(*dense)
+        for at in strided:
+            if names[at] in mutated:
+                args[at].copy_(dense[at])
         return result
 
-    return call
+    def call_there(*args: Any) -> Any:
+        device = args[0].get_device()
+        if device < 0 or device == torch.cuda.current_device():
+            return call(*args)
+        with torch.cuda.device(device):
+            return call(*args)
+
+    return call_there
+
+
+def register(name: str, launch: Callable[..., Any], schema: str, fake: Callable[..., Any]) -> Any:
+    """The operator ``modeprobe_triton::name``, opaque to torch.compile as the compiled ones are."""
+    _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(name, torch.compiler.disable(launch), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"modeprobe_triton::{name}", fake, lib=_library)
+    return getattr(torch.ops.modeprobe_triton, name).default

@@ -1,6 +1,8 @@
 """The operators on the Triton backend, end to end: modules, autograd, torch.compile, opcheck."""
 
 import copy
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,9 +10,12 @@ from torch.utils.checkpoint import checkpoint
 
 pytest.importorskip("triton")
 
+from modeprobe.triton_kernels._launch import launch
+
 import modeprobe as mp
 from modeprobe import mask
 from modeprobe.ops import batch_norm_triton, dropout_triton
+from modeprobe.ops.triton_call import prepared
 
 pytestmark = [pytest.mark.rung("triton"), pytest.mark.filterwarnings("ignore::RuntimeWarning")]
 
@@ -112,11 +117,47 @@ def test_vectors_with_strides():
     assert torch.equal(got[3] != 0, mask.keep_mask(x.shape, 0.3, KEY))
 
 
-def test_launches_on_the_device_of_the_data(monkeypatch):
-    seen = []
-    entered = torch.cuda.device_of
-    monkeypatch.setattr(torch.cuda, "device_of", lambda tensor: seen.append(tensor) or entered(tensor))
-    x = torch.randn(16)
-    with mp.backend("triton"):
-        mp.functional.dropout(x, 0.3, key=KEY)
-    assert seen == [x]
+@pytest.mark.parametrize("current", [0, 1])
+def test_launches_on_the_device_of_the_data(monkeypatch, current):
+    entered = []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current)
+    monkeypatch.setattr(torch.cuda, "device", lambda index: entered.append(index) or nullcontext())
+    x = SimpleNamespace(get_device=lambda: 1)
+    assert prepared(lambda input: input)(x) is x
+    assert entered == ([] if current == 1 else [1])
+
+
+def test_a_kernel_is_found_again_for_what_it_was_compiled_for_and_nothing_else():
+    compiled, ran = [], []
+
+    class Compiled:
+        def __getitem__(self, grid):
+            return lambda *args: ran.append((grid[:3], args))
+
+    class Kernel:
+        arg_names = ("x", "y", "n")
+
+        def __getitem__(self, grid):
+            def first(*args, num_warps):
+                compiled.append((args, num_warps))
+                return Compiled()
+
+            return first
+
+    kernel, x = Kernel(), torch.zeros(8)
+    calls = [
+        (x, None, 1),
+        (x.half(), None, 1),
+        (x[1:], None, 1),
+        (x, x, 1),
+        (x, None, 2),
+    ]
+    for args in calls:
+        launch(kernel, (7,), 4, *args)
+    launch(kernel, (7,), 8, *calls[0])
+    assert compiled == [(args, 4) for args in calls] + [(calls[0], 8)]
+    assert not ran
+    other = torch.ones(5)
+    launch(kernel, (3, 2), 4, other, None, 1)
+    assert len(compiled) == len(calls) + 1
+    assert ran == [((3, 2, 1), (other, None, 1))]
