@@ -252,41 +252,45 @@ def plain_batch_norm(
     running_var: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
+    training: bool,
     momentum: float | None,
     eps: float,
     num_batches_tracked: Tensor | None,
 ) -> Tensor | None:
-    """:func:`batch_norm` in training, in half of its steps; None where it has to do it, nothing done.
+    """:func:`batch_norm` in half of its steps; None, and nothing done, where it takes all of them.
 
     Only what the compiled operators do not refuse themselves is looked at before.
     """
     if (
         running_mean is None
         or running_var is None
-        or num_batches_tracked is None
+        or (num_batches_tracked is None and training)
         or has_torch_function_variadic(input, running_mean, running_var, weight, bias)
         or not isinstance(input, Tensor)
         or input.numel() <= running_mean.numel()
         or eps <= 0.0
-        or running_mean.requires_grad
-        or running_var.requires_grad
     ):
         return None
+    # A tensor on "meta" among the others makes the operator a fake one.
     allowed = _FLOATING.get(input.dtype, ())
-    if running_mean.dtype not in allowed or running_var.dtype not in allowed:
-        return None
+    for buffer in (running_mean, running_var):
+        if buffer.dtype not in allowed or buffer.is_meta or buffer.requires_grad:
+            return None
     if weight is None or bias is None:
         if weight is not bias:
             return None
-    elif weight.dtype not in allowed or weight.dtype is not bias.dtype:
+    elif weight.dtype not in allowed or weight.dtype is not bias.dtype or weight.is_meta or bias.is_meta:
+        return None
+    if num_batches_tracked is not None and num_batches_tracked.is_meta:
         return None
     try:
-        return plain_ops.train(
-            input, running_mean, running_var, weight, bias, momentum, eps, num_batches_tracked
+        return plain_ops.plain(
+            input, running_mean, running_var, weight, bias, training, momentum, eps, num_batches_tracked
         )
     except RuntimeError:
-        check(input, running_mean, running_var, weight, bias, True, eps)
-        check_counters(input, running_mean, True, momentum, num_batches_tracked, None)
+        check(input, running_mean, running_var, weight, bias, training, eps)
+        if training:
+            check_counters(input, running_mean, training, momentum, num_batches_tracked, None)
         raise
 
 

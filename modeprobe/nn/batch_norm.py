@@ -127,8 +127,7 @@ class _BatchNorm(StatisticsPolicy, nn.modules.batchnorm._BatchNorm):
     def _plain(self, input: Tensor) -> Tensor | None:
         """The commonest forward pass in the fewest steps; None where anything is out of the ordinary."""
         if (
-            not self.training
-            or self._statistics != "ema"
+            self._statistics != "ema"
             or self.activation is not None
             or self.dropout_p != 0.0
             or self.fused_run
@@ -148,7 +147,9 @@ class _BatchNorm(StatisticsPolicy, nn.modules.batchnorm._BatchNorm):
             weight, bias = parameters["weight"], parameters["bias"]
         except KeyError:
             return None
-        return plain_batch_norm(input, mean, var, weight, bias, self.momentum, self.eps, counter)
+        return plain_batch_norm(
+            input, mean, var, weight, bias, self.training, self.momentum, self.eps, counter
+        )
 
     def _batch_norm(
         self,

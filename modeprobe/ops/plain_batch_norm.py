@@ -1,6 +1,6 @@
-"""Training by the compiled kernels with nothing beside: the commonest call of all, in the fewest steps.
+"""Batch normalisation by the compiled kernels with nothing beside: the commonest calls, in the fewest steps.
 
-A small layer on a GPU takes less time than the host to start it.
+A small layer takes a GPU less time than it takes the host to start it.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from modeprobe.ops.eager import eager
 _native = _extension.loaded()
 # `_op` is the operator without a frame of Python around it.
 _train: Any = torch.ops.modeprobe.batch_norm_train.default._op if _native else None
+_eval: Any = torch.ops.modeprobe.batch_norm_eval.default._op if _native else None
 _gradients: Any = torch.ops.modeprobe.batch_norm_backward.default._op if _native else None
 _grad_enabled = torch.is_grad_enabled
 _transforms_active = torch._C._are_functorch_transforms_active
@@ -55,18 +56,20 @@ class PlainBatchNorm(Function):
 _plain = eager(PlainBatchNorm)
 
 
-def train(
+def plain(
     x: Tensor,
     mean: Tensor,
     variance: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
+    training: bool,
     momentum: float | None,
     eps: float,
-    counter: Tensor,
+    counter: Tensor | None,
 ) -> Tensor | None:
     """The output; None, and nothing done, where something else has a say: another backend, a transform of
-    ``torch.func``, a recomputation. What the operators check themselves is not checked before."""
+    ``torch.func``, a recomputation, the gradient of an evaluation. Arguments that the operators refuse
+    themselves need not be checked before."""
     if (
         not backend.is_native(x)
         or _transforms_active()
@@ -79,5 +82,7 @@ def train(
         or (weight is not None and weight.requires_grad)
         or (bias is not None and bias.requires_grad)
     ):
-        return _plain(x, weight, bias, (mean, variance, counter, momentum, eps))
-    return _train(x, weight, bias, mean, variance, counter, None, momentum, eps)[0]
+        return _plain(x, weight, bias, (mean, variance, counter, momentum, eps)) if training else None
+    if training:
+        return _train(x, weight, bias, mean, variance, counter, None, momentum, eps)[0]
+    return _eval(x, mean, variance, weight, bias, eps)[0]
