@@ -48,42 +48,45 @@ PROMISES = (
     Promise(
         r"(dropout_forward|alpha_dropout|bias_dropout_add)_kernel", 3, vector_loads=True, vector_stores=True
     ),
-    Promise(r"batch_norm_moments_kernel<double, 1>", 2),
+    Promise(r"batch_norm_moments_kernel<\w+, 1>", 2),
     Promise(r"batch_norm_moments_kernel<double", 2, vector_loads=True),
-    Promise(r"batch_norm_moments_kernel<\w+, 1>", 3),
-    Promise(r"batch_norm_moments_kernel<\w+, 8>", 3, vector_loads=True, in_flight=True, blocks_sm_100=2),
     Promise(r"batch_norm_moments_kernel<\w+, 0>", 4, vector_loads=True, in_flight=True),
-    Promise(r"batch_norm_moments_kernel", 3, vector_loads=True, in_flight=True),
+    Promise(r"batch_norm_moments_kernel", 2, vector_loads=True, in_flight=True),
     Promise(r"batch_norm_backward_reduce_kernel<double, 1,"),
     Promise(r"batch_norm_backward_reduce_kernel<double", vector_loads=True),
-    Promise(r"batch_norm_backward_reduce_kernel<\w+, 1, true", 3),
-    Promise(r"batch_norm_backward_reduce_kernel<\w+, 1, false", 2),
-    Promise(r"batch_norm_backward_reduce_kernel<\w+, \d, true", 3, vector_loads=True, in_flight=True),
+    Promise(r"batch_norm_backward_reduce_kernel<\w+, 1,", 2),
+    Promise(r"batch_norm_backward_reduce_kernel<\w+, 0, true", 3, vector_loads=True, in_flight=True),
+    Promise(r"batch_norm_backward_reduce_kernel<__half, 8, false", vector_loads=True, in_flight=True),
     Promise(
-        r"batch_norm_backward_reduce_kernel<\w+, 8", 2, vector_loads=True, in_flight=True, blocks_sm_100=1
-    ),
-    Promise(r"batch_norm_backward_reduce_kernel", 2, vector_loads=True, in_flight=True),
-    Promise(r"batch_norm_(normalize|input_gradient)_kernel<double", 1, vector_loads=True, vector_stores=True),
-    Promise(
-        r"batch_norm_input_gradient_kernel<\w+, true, false",
-        1,
-        vector_loads=True,
-        vector_stores=True,
-        in_flight=True,
-    ),
-    Promise(
-        r"batch_norm_(normalize_kernel<\w+, \w+|input_gradient_kernel<\w+, false), true",
-        3,
-        vector_loads=True,
-        vector_stores=True,
-        in_flight=True,
-    ),
-    Promise(
-        r"batch_norm_(normalize|input_gradient)_kernel",
+        r"batch_norm_backward_reduce_kernel<\w+, 8, false",
         2,
         vector_loads=True,
-        vector_stores=True,
         in_flight=True,
+        blocks_sm_100=1,
+    ),
+    Promise(r"batch_norm_backward_reduce_kernel", 2, vector_loads=True, in_flight=True),
+    *(
+        Promise(
+            rf"batch_norm_{name}",
+            blocks,
+            vector_loads=True,
+            vector_stores=True,
+            in_flight="double" not in name,
+            blocks_sm_100=blocks_sm_100,
+        )
+        for name, blocks, blocks_sm_100 in (
+            ("normalize_kernel<double, true, false", 1, 0),
+            ("normalize_kernel<double", 2, 0),
+            (r"normalize_kernel<\w+, \w+, false", 3, 2),
+            (r"normalize_kernel<\w+, true, true", 4, 0),
+            (r"normalize_kernel<\w+, false, true", 5, 0),
+            ("input_gradient_kernel<double, true", 1, 0),
+            ("input_gradient_kernel<double", 2, 0),
+            (r"input_gradient_kernel<\w+, true, false", 2, 0),
+            (r"input_gradient_kernel<\w+, false, false", 3, 0),
+            (r"input_gradient_kernel<\w+, true, true", 3, 0),
+            (r"input_gradient_kernel<\w+, false, true", 4, 0),
+        )
     ),
     # These fetch everything that a block holds at once.
     Promise(r"batch_norm_on_chip_\w+_kernel<\w+, true, false", 1, vector_loads=True, vector_stores=True),
@@ -98,9 +101,9 @@ PROMISES = (
     Promise(r""),
 )
 
-# SASS instructions per element on sm_90: of dropout from entry to exit, loads, stores and tie test included; of the
-# contiguous reductions per element loaded. At the 4.3 TB/s that a copy reaches on an H200, an SM has 13 issue
-# cycles for a warp's elements of 16 bits, and an integer instruction takes two.
+# SASS instructions per element on sm_90: of dropout from entry to exit, loads, stores and tie test included;
+# of the contiguous reductions per element loaded. At the 4.3 TB/s that a copy reaches on an H200, an SM has
+# 13 issue cycles for a warp's elements of 16 bits, and an integer instruction takes two.
 INSTRUCTIONS = {
     "batch_norm_moments_kernel<__half, 0>": 11,
     "batch_norm_moments_kernel<__nv_bfloat16, 0>": 10,

@@ -40,7 +40,7 @@ struct Running {
 
 template <typename T>
 void collect(const Tensor& input, const Geometry& g, const MomentsOutput<T>& output, cudaStream_t stream) {
-  using Value = Moments<acc_t<T>>;
+  using Value = Spread<acc_t<T>>;
   const T* x = data<T>(input);
   const size_t bytes =
       reduce_workspace_bytes<T, Value>(g.layout, g.channels_last, columns_align<T>(g.layout, x));

@@ -65,7 +65,7 @@ OnChipShape required(const std::optional<OnChipShape>& shape) {
 template <typename T>
 void moments(const BatchNorm& layer, const void* data, const MomentsOutput<T>& output) {
   const auto* x = static_cast<const T*>(data);
-  const auto workspace = workspace_of<T, Moments<acc_t<T>>>(layer, columns_align<T>(layout_of(layer), x));
+  const auto workspace = workspace_of<T, Spread<acc_t<T>>>(layer, columns_align<T>(layout_of(layer), x));
   check(launch_batch_norm_moments<T>(x, layout_of(layer), layer.channels_last, workspace.get(), output,
                                      nullptr));
 }

@@ -179,6 +179,15 @@ def test_variance_survives_a_large_mean(ratio, channels_last):
     )
 
 
+def test_more_partials_than_a_thread_waits_for():
+    # 17 slices of 256 channels, one thread each in the last block.
+    emulator.configure(seed=1, multiprocessors=16)
+    x = make((2170, 256, (1,)), torch.bfloat16, True, mean=3.0)
+    packed, flat = BatchNorm(True).moments(x).double(), x.double().squeeze(2)
+    torch.testing.assert_close(packed[:256], flat.mean(0), rtol=1e-6, atol=0)
+    torch.testing.assert_close(packed[256:512] / 2170, flat.var(0, correction=0), rtol=1e-5, atol=0)
+
+
 @pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
 @both_launches
 def test_constant_input_has_variance_zero(channels_last, on_chip):

@@ -47,8 +47,8 @@ def test_without_a_fault_the_sweep_passes():
 FAULTS = {
     "removed barrier": (
         "channel_reduce.cuh",
-        "  for (unsigned half = blockDim.y / 2; half > 0; half /= 2) {\n    __syncthreads();",
-        "  for (unsigned half = blockDim.y / 2; half > 0; half /= 2) {",
+        "  __syncthreads();\n  Fold<Value> fold;\n  if (thread < blockDim.x * count) {",
+        "  Fold<Value> fold;\n  if (thread < blockDim.x * count) {",
         False,
         "WRONG: batch mean is off",
     ),
@@ -89,8 +89,8 @@ FAULTS = {
     ),
     "uninitialised shared memory": (
         "channel_reduce.cuh",
-        "for (int i = 0; i < count; ++i) shared[i][at] = value[i];",
-        "for (int i = 1; i < count; ++i) shared[i][at] = value[i];",
+        "for (int i = 0; i < count; ++i) shared[thread / kWarp][lane * count + i] = value[i];",
+        "for (int i = 1; i < count; ++i) shared[thread / kWarp][lane * count + i] = value[i];",
         False,
         "WRONG: batch norm leaves its statistics unwritten|WRONG: batch mean is off",
     ),
@@ -117,8 +117,8 @@ FAULTS = {
     ),
     "divergent barrier": (
         "channel_reduce.cuh",
-        "    __syncthreads();\n    if (threadIdx.y < half) {",
-        "    if (threadIdx.y < half) {\n      __syncthreads();",
+        "  __syncthreads();\n  Fold<Value> fold;\n  if (thread < blockDim.x * count) {",
+        "  Fold<Value> fold;\n  if (thread < blockDim.x * count) {\n    __syncthreads();",
         False,
         "FAULT: divergent barrier.*batch_norm_moments_kernel",
     ),

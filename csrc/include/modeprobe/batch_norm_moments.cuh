@@ -3,21 +3,14 @@
 #pragma once
 
 #include "channel_reduce.cuh"
+#include "channel_walks.cuh"
+#include "moments.cuh"
 
 namespace modeprobe {
 
-// Resident blocks per multiprocessor. Float64 needs twice the registers; eight channels per thread do not fit
-// into 80 registers on sm_100.
+// Resident blocks per multiprocessor. Contiguous float64 needs twice the registers.
 template <typename T, int columns>
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
-constexpr int kMomentsResident = sizeof(T) == 8 || columns == 8 ? 2
-                                 : columns                      ? 3
-                                                                : 4;
-#else
-constexpr int kMomentsResident = sizeof(T) == 8 ? 2
-                                 : columns      ? 3
-                                                : 4;
-#endif
+constexpr int kMomentsResident = columns || sizeof(T) == 8 ? kColumnBlocks : kReduceBlocks;
 
 // Neighbouring channels per thread with channels last; 1 where rows do not begin at 16-byte borders.
 template <typename T>
@@ -36,19 +29,27 @@ struct Buffers {
   MODEPROBE_HD bool independent() const { return has_momentum && !skipped; }
 };
 
+// The running statistics of a channel as they are, so that a kernel can load them ahead.
 template <typename T>
-__device__ __forceinline__ void fold_channel(const Buffers<T>& buffers, int64_t channel,
-                                             const Moments<acc_t<T>>& m, acc_t<T> factor) {
+struct OldBuffers {
+  acc_t<T> mean, variance;
+
+  __device__ __forceinline__ OldBuffers(const Buffers<T>& buffers, int64_t channel)
+      : mean(buffers.mean.load_or(channel, acc_t<T>(0))),
+        variance(buffers.variance.load_or(channel, acc_t<T>(0))) {}
+};
+
+template <typename T>
+__device__ __forceinline__ void fold_channel(const Buffers<T>& buffers, const OldBuffers<T>& old,
+                                             int64_t channel, int64_t n, acc_t<T> mean, acc_t<T> m2,
+                                             acc_t<T> factor) {
   using acc = acc_t<T>;
   const bool assign = factor == acc(1);  // heals a buffer that holds NaN
+  const acc unbiased = m2 / acc(n - 1);
   if (buffers.mean.data)
-    buffers.mean.store(channel,
-                       assign ? m.mean : (acc(1) - factor) * buffers.mean.load(channel) + factor * m.mean);
-  if (buffers.variance.data) {
-    const acc unbiased = m.m2 / acc(m.n - 1);
-    buffers.variance.store(
-        channel, assign ? unbiased : (acc(1) - factor) * buffers.variance.load(channel) + factor * unbiased);
-  }
+    buffers.mean.store(channel, assign ? mean : (acc(1) - factor) * old.mean + factor * mean);
+  if (buffers.variance.data)
+    buffers.variance.store(channel, assign ? unbiased : (acc(1) - factor) * old.variance + factor * unbiased);
 }
 
 template <typename acc>
@@ -56,11 +57,11 @@ __device__ __forceinline__ bool is_finite(acc x) {
   return x - x == acc(0);
 }
 
-// One block folds all channels in; `moments` has one entry per channel.
-template <typename T>
-__device__ __forceinline__ void fold_all(const Buffers<T>& buffers, const Moments<acc_t<T>>* moments,
+// One block folds all channels in; `moments` has one entry per channel, all over n values.
+template <typename T, typename Value>
+__device__ __forceinline__ void fold_all(const Buffers<T>& buffers, const Value* moments, int64_t n,
                                          int64_t channels) {
-  const int thread = threadIdx.y * blockDim.x + threadIdx.x, threads = blockDim.x * blockDim.y;
+  const unsigned thread = thread_of_block(), threads = blockDim.x * blockDim.y;
   if (buffers.skipped) {
     bool bad = false;
     for (int64_t c = thread; c < channels; c += threads) {
@@ -75,10 +76,11 @@ __device__ __forceinline__ void fold_all(const Buffers<T>& buffers, const Moment
   const int64_t batches = buffers.batches ? *buffers.batches + 1 : 1;
   __syncthreads();
   if (thread == 0 && buffers.batches) *buffers.batches = batches;
+  if (n <= 1) return;  // one value has no unbiased variance
   const acc_t<T> factor = buffers.has_momentum ? buffers.momentum : acc_t<T>(1) / acc_t<T>(batches);
   for (int64_t c = thread; c < channels; c += threads) {
     const auto m = load_from_other_block(moments + c);
-    if (m.n > 1) fold_channel(buffers, c, m, factor);  // one value has no unbiased variance
+    fold_channel(buffers, OldBuffers<T>(buffers, c), c, n, m.mean, m.m2, factor);
   }
 }
 
@@ -95,38 +97,12 @@ struct ShiftedSums {
     sum += d;
     squares += d * d;
   }
-  __device__ __forceinline__ Moments<acc> moments(int64_t n, acc pivot) const {
-    if (n == 0) return {0, acc(0), acc(0)};
-    const acc mean = sum / acc(n), m2 = squares - sum * mean;
-    return {n, (shift - pivot) + mean, m2 < acc(0) ? acc(0) : m2};
+  // inverse: 1 / n.
+  __device__ __forceinline__ Spread<acc> moments(acc n, acc inverse, acc pivot) const {
+    const acc mean = sum * inverse, m2 = squares - sum * mean;
+    return {n, (shift - pivot) + mean, m2 < acc(0) ? acc(0) : m2, acc(0)};
   }
 };
-
-// Eight positions, those of one channel among them as bits.
-struct Unit {
-  static constexpr uint32_t kWhole = (1u << kLanesPerChunk) - 1;
-  int64_t at;
-  uint32_t bits;
-
-  __device__ __forceinline__ bool empty() const { return bits == 0; }
-  __device__ __forceinline__ bool whole() const { return bits == kWhole; }
-  __device__ __forceinline__ bool has(int i) const { return bits >> i & 1; }
-  // Whether all eight positions lie before `end`.
-  __device__ __forceinline__ bool inside(int64_t end) const { return whole() || at + kLanesPerChunk <= end; }
-};
-
-// Calls add(i) for the unit's positions. Nearly all units are whole: one branch then, not one per position.
-template <typename Add>
-__device__ __forceinline__ void for_positions(const Unit& unit, Add&& add) {
-  if (unit.whole()) {
-#pragma unroll
-    for (int i = 0; i < kLanesPerChunk; ++i) add(i);
-  } else {
-#pragma unroll
-    for (int i = 0; i < kLanesPerChunk; ++i)
-      if (unit.has(i)) add(i);
-  }
-}
 
 // Adds a unit of one channel to the thread's sums over `n` values; they have their shift already.
 template <typename acc, typename Count>
@@ -141,147 +117,61 @@ __device__ __forceinline__ void add_unit(const Unit& unit, const acc* value, Shi
   sums.squares += chunk.squares;
 }
 
-// Adds one value of each of `columns` channels.
-template <int columns, typename acc>
-__device__ __forceinline__ void add_row(const acc* value, ShiftedSums<acc>* sums, int64_t& n) {
+// The sums of each of `count` channels over n values -> their moments. Without a value they are empty.
+template <int count, typename acc>
+__device__ __forceinline__ void to_moments(const ShiftedSums<acc> (&sums)[count], int64_t n, const acc* pivot,
+                                           Spread<acc> (&moments)[count]) {
+  const acc inverse = acc(1) / acc(n);
 #pragma unroll
-  for (int i = 0; i < columns; ++i) {
-    if (n == 0) sums[i].shift = value[i];
-    sums[i].add(value[i]);
-  }
-  ++n;
-}
-
-// Walks the rows of one channel of a contiguous tensor, chunk by chunk, without a division or a product of 64
-// bits per step, and within a row without a look at its ends: a reduction of 16-bit data has few instructions
-// per element before they, not the memory, set its pace.
-struct RowWalk {
-  int64_t start, row, row_step;  // the row's first element; from one row to the next; of one stride
-  uint32_t chunk, chunk_step, chunks, inner, length;
-  uint32_t left;  // units
-
-  // Chunks that can overlap a row of s elements, wherever it begins.
-  __device__ __forceinline__ RowWalk(const Layout& layout, int64_t channel)
-      : row(layout.c * layout.s),
-        chunks(uint32_t((layout.s + 2 * kLanesPerChunk - 2) / kLanesPerChunk)),
-        inner(chunks > 3 ? chunks - 3 : 0),
-        length(uint32_t(layout.s)) {
-    const uint32_t item = blockIdx.y * kThreads + threadIdx.y, stride = gridDim.y * kThreads;
-    start = item / chunks * row + channel * layout.s;
-    chunk = item % chunks;
-    row_step = stride / chunks * row;
-    chunk_step = stride % chunks;
-    const int64_t units = layout.n * chunks - item;
-    left = units > 0 ? uint32_t((units + stride - 1) / stride) : 0;
-  }
-  __device__ __forceinline__ bool done() const { return left == 0; }
-  __device__ __forceinline__ uint32_t head() const { return uint32_t(start) % kLanesPerChunk; }
-  // The first element on the way, or `otherwise`.
-  template <typename T>
-  __device__ __forceinline__ acc_t<T> first(const T* x, acc_t<T> otherwise) const {
-    const uint32_t begin = chunk * kLanesPerChunk, skipped = begin > head() ? begin - head() : 0;
-    return !done() && skipped < length ? widen(x[start + skipped]) : otherwise;
-  }
-  __device__ __forceinline__ Unit next() {
-    --left;
-    const uint32_t head = this->head();
-    Unit unit{int64_t(start - head + uint64_t{chunk} * kLanesPerChunk), Unit::kWhole};
-    if (chunk - 1 >= inner) {  // the first of a row, or one of its last two
-      const uint32_t first = chunk == 0 ? head : 0;
-      const int to_end = int(head + length - chunk * kLanesPerChunk);
-      const uint32_t last = to_end < 0 ? 0 : to_end < kLanesPerChunk ? uint32_t(to_end) : kLanesPerChunk;
-      unit.bits = last > first ? (1u << last) - (1u << first) : 0;
-    }
-    chunk += chunk_step;
-    start += row_step;
-    if (chunk >= chunks) {
-      chunk -= chunks;
-      start += row;
-    }
-    return unit;
-  }
-};
-
-// Calls add(raw, unit, whole) for the units of a walk over tensors of one layout, `units` of which are on
-// their way together. raw: the unit's elements of each tensor; whole: they may be accessed 16 bytes at a
-// time.
-template <int units, typename T, typename Add, typename... Rest>
-__device__ __forceinline__ void walk_rows(RowWalk& walk, int64_t elements, bool aligned, Add&& add,
-                                          const T* x, Rest... rest) {
-  constexpr int kTensors = 1 + sizeof...(rest);
-  using Elements = Raw<T, kLanesPerChunk>;
-  const T* const from[kTensors] = {x, rest...};
-  if (aligned) {
-    while (walk.left >= units) {
-      Unit unit[units];
-      Elements raw[units][kTensors];
-      bool whole[units];
-#pragma unroll
-      for (int u = 0; u < units; ++u) {
-        unit[u] = walk.next();
-        whole[u] = unit[u].inside(elements);
-#pragma unroll
-        for (int t = 0; t < kTensors; ++t) raw[u][t].load(from[t], unit[u].at, elements, whole[u]);
-      }
-#pragma unroll
-      for (int u = 0; u < units; ++u) add(raw[u], unit[u], whole[u]);
-    }
-  }
-  while (!walk.done()) {
-    const Unit unit = walk.next();
-    const bool whole = aligned && unit.inside(elements);
-    Elements raw[kTensors];
-#pragma unroll
-    for (int t = 0; t < kTensors; ++t) raw[t].load(from[t], unit.at, elements, whole);
-    add(raw, unit, whole);
-  }
+  for (int i = 0; i < count; ++i)
+    moments[i] = n > 0 ? sums[i].moments(acc(n), inverse, pivot[i]) : Spread<acc>{};
 }
 
 template <typename T>
-__device__ __forceinline__ Moments<acc_t<T>> collect_rows(const T* x, const Layout& layout, int64_t channel,
-                                                          acc_t<T> pivot) {
+__device__ __forceinline__ void collect_rows(const T* x, const Layout& layout, int64_t channel,
+                                             const acc_t<T> (&pivot)[1], Spread<acc_t<T>> (&moments)[1]) {
   using acc = acc_t<T>;
   RowWalk walk(layout, channel);
-  ShiftedSums<acc> sums{walk.first(x, pivot), acc(0), acc(0)};
+  ShiftedSums<acc> sums[1] = {{walk.first(x, pivot[0]), acc(0), acc(0)}};
   uint32_t n = 0;
   walk_rows<in_flight(kLanesPerChunk * sizeof(T), kMomentsResident<T, 0>)>(
       walk, layout.elements(), is_aligned(x),
       [&](const auto& raw, const Unit& unit, bool) {
         acc value[kLanesPerChunk];
         raw[0].unpack_to(value);
-        add_unit(unit, value, sums, n);
+        add_unit(unit, value, sums[0], n);
       },
       x);
-  return sums.moments(n, pivot);
+  to_moments(sums, n, pivot, moments);
 }
 
 template <typename T, int columns>
 __device__ __forceinline__ void collect_columns(const T* x, const Layout& layout, int64_t channel,
-                                                const acc_t<T>* pivot, Moments<acc_t<T>>* moments) {
+                                                const acc_t<T> (&pivot)[columns],
+                                                Spread<acc_t<T>> (&moments)[columns]) {
   using acc = acc_t<T>;
   ShiftedSums<acc> sums[columns] = {};
-  int64_t n = 0;
-  if (channel < layout.c) {
-    constexpr int kRows = columns > 1 ? in_flight(kPacketBytes, kMomentsResident<T, columns>) : 4;
-    const int64_t stride = int64_t(gridDim.y) * blockDim.y;
-    for (int64_t row = int64_t(blockIdx.y) * blockDim.y + threadIdx.y; row < layout.n;
-         row += kRows * stride) {
-      Raw<T, columns> raw[kRows];
+  ColumnWalk walk(layout, channel);
+  const uint32_t n = walk.left;
+  if (n > 0) {
+    // The shifts are loaded apart from the loop: a question whether they are there would be one per element.
+    acc shift[columns];
+    Raw<T, columns> raw;
+    raw.load(x, walk.at, 0, true);
+    raw.unpack_to(shift);
 #pragma unroll
-      for (int u = 0; u < kRows; ++u)
-        if (row + u * stride < layout.n)
-          raw[u].load(x, (row + u * stride) * layout.c + channel, layout.elements(), true);
-#pragma unroll
-      for (int u = 0; u < kRows; ++u) {
-        if (row + u * stride >= layout.n) break;
-        acc value[columns];
-        raw[u].unpack_to(value);
-        add_row<columns>(value, sums, n);
-      }
-    }
+    for (int i = 0; i < columns; ++i) sums[i].shift = shift[i];
   }
+  walk_columns<columns, (columns > 1 ? 8 : 4)>(
+      walk,
+      [&](const auto& raw, int64_t) {
+        acc value[columns];
+        raw[0].unpack_to(value);
 #pragma unroll
-  for (int i = 0; i < columns; ++i) moments[i] = sums[i].moments(n, pivot[i]);
+        for (int i = 0; i < columns; ++i) sums[i].add(value[i]);
+      },
+      x);
+  to_moments(sums, n, pivot, moments);
 }
 
 // Where the moments of the batch go; any pointer may be null.
@@ -302,67 +192,76 @@ __device__ __forceinline__ void load_pivots(const T* x, const Layout& layout, in
     pivot[i] = channel + i < layout.c && layout.n > 0 ? widen(x[(channel + i) * layout.s]) : acc_t<T>(0);
 }
 
-// The total of `count` channels -> statistics, packed, and the buffers or, where these depend on all
-// channels, the workspace.
-template <typename T, int count>
-__device__ __forceinline__ void finish_channels(const Layout& layout, int64_t channel, const acc_t<T>* pivot,
-                                                const Moments<acc_t<T>>* moments,
-                                                const Partials<Moments<acc_t<T>>>& partials,
-                                                const MomentsOutput<T>& output) {
+// What the last block does with the total of a channel: statistics, packed, and the buffers or, where these
+// depend on all channels, the workspace. What it needs is loaded before the reduction ends: on an H100 each
+// load after it takes 0.7 us that nothing else fills.
+template <typename T>
+struct ChannelEnd {
   using acc = acc_t<T>;
-  if (threadIdx.y != 0 || channel >= layout.c) return;
-#pragma unroll
-  for (int i = 0; i < count; ++i) {
-    const int64_t c = channel + i;
-    const Moments<acc> m{moments[i].n, pivot[i] + moments[i].mean, moments[i].m2};
+  int64_t channel;
+  bool mine;
+  acc pivot;
+  OldBuffers<T> old;
+
+  // mine: whether this thread has a channel to finish.
+  __device__ __forceinline__ ChannelEnd(const T* x, const Layout& layout, const MomentsOutput<T>& output,
+                                        int64_t channel, bool mine)
+      : channel(mine ? channel : 0), mine(mine), old(output.buffers, this->channel) {
+    load_pivots<T, 1>(x, layout, this->channel, &pivot);
+  }
+
+  __device__ __forceinline__ void finish(const Layout& layout, const Spread<acc>& total, Spread<acc>* all,
+                                         const MomentsOutput<T>& output) const {
+    if (!mine) return;
+    const int64_t n = layout.per_channel();
+    const acc mean = pivot + total.mean;
     if (output.statistics) {
-      output.statistics[c] = m.mean;
-      output.statistics[layout.c + c] = acc(1) / sqrt(m.m2 / acc(m.n) + output.eps);
+      output.statistics[channel] = mean;
+      output.statistics[layout.c + channel] = acc(1) / sqrt(total.m2 / acc(n) + output.eps);
     }
     if (output.packed) {
-      output.packed[c] = m.mean;
-      output.packed[layout.c + c] = m.m2;
-      if (c == 0) split_count(m.n, output.packed + 2 * layout.c, output.packed + 2 * layout.c + 1);
+      output.packed[channel] = mean;
+      output.packed[layout.c + channel] = total.m2;
+      if (channel == 0) split_count(n, output.packed + 2 * layout.c, output.packed + 2 * layout.c + 1);
     }
     if (output.buffers.independent()) {
-      fold_channel(output.buffers, c, m, output.buffers.momentum);
-      if (c == 0 && output.buffers.batches) ++*output.buffers.batches;
+      fold_channel(output.buffers, old, channel, n, mean, total.m2, output.buffers.momentum);
+      if (channel == 0 && output.buffers.batches) ++*output.buffers.batches;
     } else {
-      partials.values[c] = m;
+      all[channel] = {total.n, mean, total.m2, acc(0)};
     }
   }
-}
+};
 
 // Then, by the last block to come here, the buffers that depend on all channels.
 template <typename T>
-__device__ __forceinline__ void finish_batch(const Layout& layout,
-                                             const Partials<Moments<acc_t<T>>>& partials,
+__device__ __forceinline__ void finish_batch(const Layout& layout, const Partials<Spread<acc_t<T>>>& partials,
                                              const Buffers<T>& buffers) {
   if (buffers.independent()) return;
   if (gridDim.x > 1 && !is_last_block(partials.grid_ticket(layout.c), gridDim.x)) return;
   __syncthreads();
-  fold_all(buffers, partials.values, layout.c);
+  fold_all(buffers, partials.values, layout.per_channel(), layout.c);
 }
 
 // columns = 0: contiguous, a block per channel and slice; else channels last, `columns` of them per thread.
 template <typename T, int columns>
 __global__ void __launch_bounds__(kThreads, kMomentsResident<T, columns>)
-    batch_norm_moments_kernel(const T* x, Layout layout, Partials<Moments<acc_t<T>>> partials,
+    batch_norm_moments_kernel(const T* x, Layout layout, Partials<Spread<acc_t<T>>> partials,
                               MomentsOutput<T> output) {
   using acc = acc_t<T>;
   constexpr int kCount = columns ? columns : 1;
-  const int64_t channel =
-      columns ? (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) * kCount : int64_t(blockIdx.x);
+  const unsigned width = blockDim.x * kCount, thread = thread_of_block();
+  const int64_t base = int64_t(blockIdx.x) * width, channel = base + threadIdx.x * kCount;
   acc pivot[kCount];
   load_pivots<T, kCount>(x, layout, channel, pivot);
-  Moments<acc> moments[kCount];
+  const ChannelEnd<T> end(x, layout, output, base + thread, thread < width && base + thread < layout.c);
+  Spread<acc> moments[kCount], total;
   if constexpr (columns == 0)
-    moments[0] = collect_rows(x, layout, channel, pivot[0]);
+    collect_rows(x, layout, channel, pivot, moments);
   else
     collect_columns<T, columns>(x, layout, channel, pivot, moments);
-  if (!merge_grid<Moments<acc>, kCount>(partials, layout.c, channel, moments)) return;
-
-  finish_channels<T, kCount>(layout, channel, pivot, moments, partials, output);
+  if (!merge_grid<columns ? kWarp : 1>(partials, layout.c, moments, total)) return;
+  end.finish(layout, total, partials.values, output);
   finish_batch(layout, partials, output.buffers);
 }
 
@@ -374,12 +273,17 @@ __global__ void __launch_bounds__(kThreads)
                             Buffers<T> buffers) {
   using acc = acc_t<T>;
   const int64_t stride = 2 * channels + 2;
+  const auto count_of = [&](int64_t k) {
+    const acc* part = parts + k * stride + 2 * channels;
+    return join_count(part[0], part[1]);
+  };
+  int64_t n = 0;
+  for (int64_t k = 0; k < part_count; ++k) n += count_of(k);
   for (int64_t c = threadIdx.x; c < channels; c += kThreads) {
     Moments<acc> total{};
     for (int64_t k = 0; k < part_count; ++k) {
       const acc* part = parts + k * stride;
-      total =
-          merge(total, {join_count(part[2 * channels], part[2 * channels + 1]), part[c], part[channels + c]});
+      total = merge(total, {count_of(k), part[c], part[channels + c]});
     }
     merged[c] = total;
     mean[c] = total.mean;
@@ -387,7 +291,7 @@ __global__ void __launch_bounds__(kThreads)
     if (c == 0) *count = acc(total.n);
   }
   __syncthreads();
-  fold_all(buffers, merged, channels);
+  fold_all(buffers, merged, n, channels);
 }
 
 }  // namespace modeprobe

@@ -10,12 +10,13 @@
 
 namespace modeprobe {
 
-// Per block: two share a multiprocessor of an H100 at 104 KiB where the layer is contiguous. With channels
-// last static memory takes up to 33 KiB more, so that two fit up to 80 KiB.
+// Per block: two share a multiprocessor of an H100 at 104 KiB where the layer is contiguous, at 103 KiB with
+// channels last, which take more static memory.
 constexpr size_t kOnChipBytes = 104 << 10;
 constexpr size_t kOnChipBytesAlone = 32 << 10;  // per block, where fewer blocks than this leave it half idle:
 constexpr int64_t kOnChipBlocks = 64;
-constexpr size_t kOnChipStaticBytes = 34 << 10;
+constexpr int kBytesOfRow = 128;  // that threads side by side read, at most, with channels last
+constexpr size_t kOnChipStaticBytes = 10 << 10;
 
 // Blocks per multiprocessor that registers must not prevent.
 template <bool channels_last, bool plain>
@@ -40,7 +41,7 @@ inline std::optional<OnChipShape> on_chip_shape(const Layout& layout, bool chann
   // where that gives too few blocks or too large ones.
   const int chunk_bytes = kLanesPerChunk * itemsize;
   const unsigned least = channels_last ? unsigned(std::max(1, 32 / chunk_bytes)) : 1;
-  unsigned x = channels_last ? power_of_two_at_least(groups, unsigned(128 / chunk_bytes)) : 1;
+  unsigned x = channels_last ? power_of_two_at_least(groups, unsigned(kBytesOfRow / chunk_bytes)) : 1;
   for (;; x /= 2) {
     const unsigned y = kThreads / x;
     const int64_t blocks = (groups + x - 1) / x, units = (items + y - 1) / y;
@@ -100,67 +101,122 @@ __device__ __forceinline__ void store_unit(T* to, const Unit& unit, int64_t end,
     if (unit.has(i)) to[unit.at + i] = narrow<T>(in[i]);
 }
 
-template <bool channels_last>
-__device__ __forceinline__ int64_t own_channel() {
-  return channels_last ? (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) * kLanesPerChunk
-                       : int64_t(blockIdx.x);
-}
+// Which channels a block and its threads have: `kCount` neighbours each to reduce and to apply, one at most
+// to finish.
+template <typename T, bool channels_last>
+struct OnChipChannels {
+  static constexpr int kCount = channels_last ? kLanesPerChunk : 1;
+  static constexpr int kSide = channels_last ? kBytesOfRow / int(kLanesPerChunk * sizeof(T)) : 1;  // threads
+  int64_t first, own;
+  bool ends;
+
+  __device__ __forceinline__ explicit OnChipChannels(const Layout& layout) {
+    const unsigned width = blockDim.x * kCount, thread = thread_of_block();
+    const int64_t base = int64_t(blockIdx.x) * width;
+    first = base + threadIdx.x * kCount;
+    ends = thread < width && base + thread < layout.c;
+    own = ends ? base + thread : 0;
+  }
+};
+
+// Three numbers per channel of a block, made by the thread that finishes it and read by all.
+template <typename T, bool channels_last>
+struct OnChipNumbers {
+  using Channels = OnChipChannels<T, channels_last>;
+  struct alignas(kPacketBytes) Numbers {
+    acc_t<T> a, b, c, unused;
+  };
+  Numbers* shared;
+
+  __device__ __forceinline__ OnChipNumbers() : shared(room()) {}
+  __device__ __forceinline__ void put(acc_t<T> a, acc_t<T> b, acc_t<T> c) const {
+    const unsigned thread = thread_of_block();
+    if (thread < blockDim.x * Channels::kCount) shared[thread] = {a, b, c, acc_t<T>(0)};
+    __syncthreads();
+  }
+  __device__ __forceinline__ void get(acc_t<T>* a, acc_t<T>* b, acc_t<T>* c) const {
+#pragma unroll
+    for (int i = 0; i < Channels::kCount; ++i) {
+      const Numbers numbers = shared[threadIdx.x * Channels::kCount + i];
+      a[i] = numbers.a;
+      b[i] = numbers.b;
+      c[i] = numbers.c;
+    }
+  }
+
+ private:
+  static __device__ __forceinline__ Numbers* room() {
+    MODEPROBE_SHARED(numbers, Numbers[Channels::kSide * Channels::kCount]);
+    return numbers;
+  }
+};
 
 template <typename T, bool channels_last, bool plain>
 __global__ void __launch_bounds__(kThreads, kOnChipResident<channels_last, plain>)
     batch_norm_on_chip_forward_kernel(const T* x, T* y, Layout layout, Parameter<T> weight, Parameter<T> bias,
-                                      Partials<Moments<acc_t<T>>> partials, MomentsOutput<T> output,
+                                      Partials<Spread<acc_t<T>>> partials, MomentsOutput<T> output,
                                       Epilogue<T> epilogue) {
   using acc = acc_t<T>;
   using Walk = OnChipWalk<channels_last>;
-  constexpr int kLanes = kLanesPerChunk, kCount = channels_last ? kLanes : 1;
+  using Channels = OnChipChannels<T, channels_last>;
+  constexpr int kLanes = kLanesPerChunk, kCount = Channels::kCount;
   MODEPROBE_DYNAMIC_SHARED(shared, Packet);
   const Slots<T, kLanes> held(shared);
   const EpilogueContext<T> context(plain ? Epilogue<T>{} : epilogue);
-  const int64_t channel = own_channel<channels_last>(), elements = layout.elements();
+  const Channels channels(layout);
+  const int64_t elements = layout.elements();
   const bool aligned = is_aligned(x) && is_aligned(y) && is_aligned(context.e.residual);
   const auto is_whole = [&](const Unit& unit) { return aligned && unit.inside(elements); };
 
-  const Walk start(layout, channel);
+  const Walk start(layout, channels.first);
   int number = 0;
   for (Walk walk = start; !walk.done(); ++number) {
     const Unit unit = walk.next();
     if (!unit.empty()) held.fetch(number, x, unit.at, elements, is_whole(unit));
   }
+  // All that is needed later comes while x is on its way.
   acc pivot[kCount];
-  load_pivots<T, kCount>(x, layout, channel, pivot);
+  load_pivots<T, kCount>(x, layout, channels.first, pivot);
+  const ChannelEnd<T> end(x, layout, output, channels.own, channels.ends);
+  const acc weight_of_own = weight.load_or(channels.own, acc(1)),
+            bias_of_own = bias.load_or(channels.own, acc(0));
   end_copy_group();
   wait_for_copies<0>();
 
   ShiftedSums<acc> sums[kCount] = {};
-  if constexpr (!channels_last) sums[0].shift = start.first(x, pivot[0]);
   int64_t n = 0;
+  if constexpr (channels_last) {
+    acc shift[kLanes] = {};
+    if (!start.done()) held.load(0, shift);
+#pragma unroll
+    for (int i = 0; i < kLanes; ++i) sums[i].shift = shift[i];
+  } else {
+    sums[0].shift = start.first(x, pivot[0]);
+  }
   number = 0;
   for (Walk walk = start; !walk.done(); ++number) {
     const Unit unit = walk.next();
     if (unit.empty()) continue;
     acc value[kLanes];
     held.load(number, value);
-    if constexpr (channels_last)
-      add_row<kLanes>(value, sums, n);
-    else
-      add_unit(unit, value, sums[0], n);
-  }
-  Moments<acc> moments[kCount];
+    if constexpr (channels_last) {
 #pragma unroll
-  for (int i = 0; i < kCount; ++i) moments[i] = sums[i].moments(n, pivot[i]);
-  merge_rows<Moments<acc>, kCount>(moments);
-  finish_channels<T, kCount>(layout, channel, pivot, moments, partials, output);
+      for (int i = 0; i < kLanes; ++i) sums[i].add(value[i]);
+      ++n;
+    } else {
+      add_unit(unit, value, sums[0], n);
+    }
+  }
+  Spread<acc> moments[kCount];
+  to_moments(sums, n, pivot, moments);
+  const Spread<acc> total = merge_block<Channels::kSide>(moments);
+  const acc invstd = acc(1) / sqrt(total.m2 / acc(layout.per_channel()) + output.eps);
+  const OnChipNumbers<T, channels_last> numbers;
+  numbers.put(end.pivot + total.mean, weight_of_own * invstd, bias_of_own);
+  end.finish(layout, total, partials.values, output);
 
   acc mean[kCount], scale[kCount], shift[kCount];
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) {
-    const bool inside = channel + i < layout.c;
-    mean[i] = pivot[i] + moments[i].mean;
-    scale[i] = acc(1) / sqrt(moments[i].m2 / acc(moments[i].n) + output.eps);
-    scale[i] *= inside ? weight.load_or(channel + i, acc(1)) : acc(1);
-    shift[i] = inside ? bias.load_or(channel + i, acc(0)) : acc(0);
-  }
+  numbers.get(mean, scale, shift);
   number = 0;
   for (Walk walk = start; !walk.done(); ++number) {
     const Unit unit = walk.next();
@@ -188,16 +244,18 @@ __global__ void __launch_bounds__(kThreads, kOnChipResident<channels_last, plain
                                        GradientOutput<T> output) {
   using acc = acc_t<T>;
   using Walk = OnChipWalk<channels_last>;
-  constexpr int kLanes = kLanesPerChunk, kCount = channels_last ? kLanes : 1;
+  using Channels = OnChipChannels<T, channels_last>;
+  constexpr int kLanes = kLanesPerChunk, kCount = Channels::kCount;
   MODEPROBE_DYNAMIC_SHARED(shared, char);
   const Slots<T, kLanes> held_x(shared), held_dy(shared + tensor_bytes);
   const EpilogueContext<T> context(plain ? Epilogue<T>{} : epilogue);
-  const int64_t channel = own_channel<channels_last>(), elements = layout.elements();
+  const Channels channels(layout);
+  const int64_t elements = layout.elements();
   const bool aligned = is_aligned(x) && is_aligned(dy) && is_aligned(dx) && is_aligned(d_residual) &&
                        is_aligned(context.e.residual);
   const auto is_whole = [&](const Unit& unit) { return aligned && unit.inside(elements); };
 
-  const Walk start(layout, channel);
+  const Walk start(layout, channels.first);
   int number = 0;
   for (Walk walk = start; !walk.done(); ++number) {
     const Unit unit = walk.next();
@@ -205,7 +263,9 @@ __global__ void __launch_bounds__(kThreads, kOnChipResident<channels_last, plain
     held_x.fetch(number, x, unit.at, elements, is_whole(unit));
     held_dy.fetch(number, dy, unit.at, elements, is_whole(unit));
   }
-  const LoadedChannels<T, kCount, plain> channels(parameters, layout, channel);
+  const LoadedChannels<T, kCount, plain> loaded(parameters, layout, channels.first);
+  const acc invstd = parameters.invstd(channels.own),
+            weight = parameters.weight.load_or(channels.own, acc(1));
   end_copy_group();
   wait_for_copies<0>();
 
@@ -217,25 +277,20 @@ __global__ void __launch_bounds__(kThreads, kOnChipResident<channels_last, plain
     acc g[kLanes], v[kLanes];
     held_dy.load(number, g);
     held_x.load(number, v);
-    channels.template differentiate<kLanes>(context, unit.at, elements, is_whole(unit), g, v);
+    loaded.template differentiate<kLanes>(context, unit.at, elements, is_whole(unit), g, v);
     if constexpr (channels_last)
       add_row<kLanes>(g, v, sums);
     else
       add_unit(unit, g, v, sums[0]);
   }
-  merge_rows<Sums<acc>, kCount>(sums);
-  finish_gradients<T, kCount>(layout, channel, parameters, sums, output);
+  const Sums<acc> total = merge_block<Channels::kSide>(sums);
+  const acc share = acc(1) / acc(layout.per_channel()), scale_of_own = weight * invstd;
+  const OnChipNumbers<T, channels_last> numbers;
+  numbers.put(scale_of_own, total.a * share * scale_of_own, total.b * invstd * share * invstd * scale_of_own);
+  if (channels.ends) finish_gradients(layout, channels.own, invstd, total, output);
 
   acc scale[kCount], a[kCount], b[kCount];
-  const acc share = acc(1) / acc(layout.per_channel());
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) {
-    const bool inside = channel + i < layout.c;
-    const acc invstd = inside ? parameters.invstd(channel + i) : acc(0);
-    scale[i] = inside ? parameters.scale(channel + i) : acc(0);
-    a[i] = sums[i].a * share;
-    b[i] = sums[i].b * invstd * share * invstd;
-  }
+  numbers.get(scale, a, b);
   number = 0;
   for (Walk walk = start; !walk.done(); ++number) {
     const Unit unit = walk.next();
@@ -244,12 +299,12 @@ __global__ void __launch_bounds__(kThreads, kOnChipResident<channels_last, plain
     acc g[kLanes], v[kLanes];
     held_dy.load(number, g);
     held_x.load(number, v);
-    channels.template differentiate<kLanes>(context, unit.at, elements, whole, g, v);
+    loaded.template differentiate<kLanes>(context, unit.at, elements, whole, g, v);
     if (d_residual) store_unit(d_residual, unit, elements, whole, g);
 #pragma unroll
     for (int i = 0; i < kLanes; ++i) {
       const int c = channels_last ? i : 0;
-      g[i] = (batch_statistics ? g[i] - (a[c] + v[i] * b[c]) : g[i]) * scale[c];
+      g[i] = batch_statistics ? g[i] * scale[c] - (v[i] * b[c] + a[c]) : g[i] * scale[c];
     }
     store_unit(dx, unit, elements, whole, g);
   }
@@ -258,7 +313,7 @@ __global__ void __launch_bounds__(kThreads, kOnChipResident<channels_last, plain
 // Bytes of workspace; only the first Partials::ticket_bytes(c) must be zero, and none where it is empty.
 template <typename T>
 size_t on_chip_workspace_bytes(const Layout& layout, const Buffers<T>& buffers) {
-  return buffers.independent() ? 0 : Partials<Moments<acc_t<T>>>::bytes(layout.c, 1);
+  return buffers.independent() ? 0 : Partials<Spread<acc_t<T>>>::bytes(layout.c, 1);
 }
 
 template <typename T>
@@ -267,7 +322,7 @@ cudaError_t launch_batch_norm_on_chip_forward(const OnChipShape& shape, const T*
                                               const Parameter<T>& weight, const Parameter<T>& bias,
                                               void* workspace, const MomentsOutput<T>& output,
                                               const Epilogue<T>& epilogue, cudaStream_t stream) {
-  using P = Partials<Moments<acc_t<T>>>;
+  using P = Partials<Spread<acc_t<T>>>;
   if (!output.buffers.independent() && shape.grid.x > 1) {
     const cudaError_t status = cudaMemsetAsync(workspace, 0, P::ticket_bytes(layout.c), stream);
     if (status != cudaSuccess) return status;

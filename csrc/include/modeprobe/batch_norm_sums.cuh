@@ -7,19 +7,20 @@
 
 namespace modeprobe {
 
-// Resident blocks per multiprocessor. Float64 needs twice the registers.
-template <typename T, bool plain>
-constexpr int kResident = sizeof(T) == 8 ? 1
-                          : plain        ? 3
-                                         : 2;
-
-// Of the sums: on sm_100 eight channels per thread with an activation do not fit into 128 registers.
-template <typename T, int columns, bool plain>
+// Resident blocks per multiprocessor. Float64 needs twice the registers; eight channels per thread with an
+// activation do not fit into 128, on sm_100 and in float16, which has its own conversions.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
-constexpr int kSumsResident = columns == 8 && !plain ? 1 : kResident<T, plain>;
+template <typename T>
+constexpr int kEightWithEpilogue = 1;
 #else
-constexpr int kSumsResident = kResident<T, plain>;
+template <typename T>
+constexpr int kEightWithEpilogue = std::is_same_v<T, __half> ? 1 : 2;
 #endif
+template <typename T, int columns, bool plain>
+constexpr int kSumsResident = sizeof(T) == 8           ? 1
+                              : columns == 8 && !plain ? kEightWithEpilogue<T>
+                              : columns || !plain      ? 2
+                                                       : 3;
 
 // The normalisation as kernels apply it: x -> (x - mean) * scale + shift.
 template <typename T>
@@ -37,6 +38,27 @@ struct ChannelParameters {
     return weight.load_or(c, acc_t<T>(1)) * invstd(c);
   }
   __device__ __forceinline__ acc_t<T> shift(int64_t c) const { return bias.load_or(c, acc_t<T>(0)); }
+
+  // The same of `count` channels.
+  template <int count>
+  __device__ __forceinline__ void load_invstd(const ChannelRun& run, acc_t<T>* out) const {
+    spread.template load_run<count>(run, out);
+    if (!spread_is_variance) return;
+#pragma unroll
+    for (int i = 0; i < count; ++i) out[i] = acc_t<T>(1) / sqrt(out[i] + eps);
+  }
+  template <int count>
+  __device__ __forceinline__ void load_weight(const ChannelRun& run, acc_t<T>* out) const {
+#pragma unroll
+    for (int i = 0; i < count; ++i) out[i] = acc_t<T>(1);
+    if (weight.data) weight.template load_run<count>(run, out);
+  }
+  template <int count>
+  __device__ __forceinline__ void load_shift(const ChannelRun& run, acc_t<T>* out) const {
+#pragma unroll
+    for (int i = 0; i < count; ++i) out[i] = acc_t<T>(0);
+    if (bias.data) bias.template load_run<count>(run, out);
+  }
 };
 
 template <typename T>
@@ -51,14 +73,18 @@ struct LoadedChannels {
   acc_t<T> mean[count], scale[count], shift[count];
 
   __device__ __forceinline__ LoadedChannels(const ChannelParameters<T>& parameters, const Layout& layout,
-                                            int64_t channel) {
-    using acc = acc_t<T>;
+                                            int64_t channel)
+      : mean{}, scale{}, shift{} {
+    if (channel + count > layout.c) return;
+    const ChannelRun run{channel, layout.c, false};
+    parameters.mean.template load_run<count>(run, mean);
+    if constexpr (!plain) {
+      acc_t<T> weight[count];
+      parameters.template load_invstd<count>(run, scale);
+      parameters.template load_weight<count>(run, weight);
+      parameters.template load_shift<count>(run, shift);
 #pragma unroll
-    for (int i = 0; i < count; ++i) {
-      const bool inside = channel + i < layout.c;
-      mean[i] = inside ? parameters.mean.load(channel + i) : acc(0);
-      scale[i] = inside && !plain ? parameters.scale(channel + i) : acc(0);
-      shift[i] = inside && !plain ? parameters.shift(channel + i) : acc(0);
+      for (int i = 0; i < count; ++i) scale[i] *= weight[i];
     }
   }
 
@@ -82,34 +108,32 @@ struct LoadedChannels {
 // Adds dz and dz * (x - mean) of one channel's unit, or of one row of `columns` channels.
 template <typename acc>
 __device__ __forceinline__ void add_unit(const Unit& unit, const acc* g, const acc* v, Sums<acc>& sums) {
-  Sums<acc> chunk{};
-  for_positions(unit, [&](int i) { chunk = merge(chunk, {g[i], g[i] * v[i]}); });
-  sums = merge(sums, chunk);
+  Fold<Sums<acc>> all{sums}, chunk;
+  for_positions(unit, [&](int i) { chunk.add({g[i], g[i] * v[i]}); });
+  all.add(chunk.get());
+  sums = all.get();
 }
 template <int columns, typename acc>
 __device__ __forceinline__ void add_row(const acc* g, const acc* v, Sums<acc>* sums) {
 #pragma unroll
-  for (int i = 0; i < columns; ++i) sums[i] = merge(sums[i], {g[i], g[i] * v[i]});
+  for (int i = 0; i < columns; ++i) {
+    sums[i].a += g[i];
+    sums[i].b += g[i] * v[i];
+  }
 }
 
-// The totals of `count` channels -> the gradients of weight and bias, and their sums where wanted.
-template <typename T, int count>
-__device__ __forceinline__ void finish_gradients(const Layout& layout, int64_t channel,
-                                                 const ChannelParameters<T>& parameters,
-                                                 const Sums<acc_t<T>>* sums,
+// The total of a channel -> the gradients of weight and bias, and their sums where wanted.
+template <typename T>
+__device__ __forceinline__ void finish_gradients(const Layout& layout, int64_t channel, acc_t<T> invstd,
+                                                 const Sums<acc_t<T>>& total,
                                                  const GradientOutput<T>& output) {
-  if (threadIdx.y != 0 || channel >= layout.c) return;
-#pragma unroll
-  for (int i = 0; i < count; ++i) {
-    const int64_t c = channel + i;
-    const acc_t<T> projected = sums[i].b * parameters.invstd(c);
-    if (output.sums) {
-      output.sums[c] = sums[i].a;
-      output.sums[layout.c + c] = projected;
-    }
-    if (output.weight.data) output.weight.store(c, projected);
-    if (output.bias.data) output.bias.store(c, sums[i].a);
+  const acc_t<T> projected = total.b * invstd;
+  if (output.sums) {
+    output.sums[channel] = total.a;
+    output.sums[layout.c + channel] = projected;
   }
+  if (output.weight.data) output.weight.store(channel, projected);
+  if (output.bias.data) output.bias.store(channel, total.a);
 }
 
 template <typename T, int columns, bool plain>
@@ -119,16 +143,19 @@ __global__ void __launch_bounds__(kThreads, kSumsResident<T, columns, plain>)
                                       GradientOutput<T> output) {
   using acc = acc_t<T>;
   constexpr int kCount = columns ? columns : 1, kWidth = columns ? columns : kLanesPerChunk;
-  const int64_t channel =
-      columns ? (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) * kCount : int64_t(blockIdx.x);
+  const unsigned width = blockDim.x * kCount, thread = thread_of_block();
+  const int64_t base = int64_t(blockIdx.x) * width, channel = base + threadIdx.x * kCount;
+  const bool ends = thread < width && base + thread < layout.c;
   const int64_t elements = layout.elements();
   const EpilogueContext<T> context(plain ? Epilogue<T>{} : epilogue);
   const LoadedChannels<T, kCount, plain> channels(parameters, layout, channel);
-  Sums<acc> sums[kCount] = {};
+  // Loaded ahead, as ChannelEnd of the moments does.
+  const acc invstd = parameters.invstd(ends ? base + thread : 0);
+  Sums<acc> sums[kCount] = {}, total{};
 
   if constexpr (columns == 0) {
     RowWalk walk(layout, channel);
-    walk_rows<in_flight(2 * kLanesPerChunk * sizeof(T), kResident<T, plain>)>(
+    walk_rows<in_flight(2 * kLanesPerChunk * sizeof(T), kSumsResident<T, columns, plain>)>(
         walk, elements, is_aligned(x) && is_aligned(dy) && is_aligned(context.e.residual),
         [&](const auto& raw, const Unit& unit, bool whole) {
           if (unit.empty()) return;
@@ -139,32 +166,24 @@ __global__ void __launch_bounds__(kThreads, kSumsResident<T, columns, plain>)
           add_unit(unit, g, v, sums[0]);
         },
         dy, x);
-  } else if (channel < layout.c) {
-    const int64_t step = int64_t(gridDim.y) * blockDim.y * layout.c;
-    int64_t at = (int64_t(blockIdx.y) * blockDim.y + threadIdx.y) * layout.c + channel;
-    acc g[kWidth], v[kWidth];
-    if constexpr (columns == 1) {
-      for (; at < elements; at += step) {
-        load_at<T, 1>(dy, at, elements, false, g);
-        load_at<T, 1>(x, at, elements, false, v);
-        channels.template differentiate<1>(context, at, elements, false, g, v);
-        add_row<1>(g, v, sums);
-      }
-    } else {
-      Ahead<T, kWidth, ring_depth(2 * kPacketBytes, kResident<T, plain>), 2, true> ahead({dy, x}, at, step,
-                                                                                         elements, true);
-      for (; at < elements; at += step) {
-        ahead.wait();
-        ahead.load(0, g);
-        ahead.load(1, v);
-        channels.template differentiate<kWidth>(context, at, elements, true, g, v);
-        add_row<kWidth>(g, v, sums);
-        ahead.advance(at);
-      }
-    }
+  } else {
+    constexpr int kRows = columns == 8 && !plain   ? 4 / kSumsResident<T, columns, plain>
+                          : columns == 1 || !plain ? 2
+                                                   : 4;
+    ColumnWalk walk(layout, channel);
+    walk_columns<columns, kRows>(
+        walk,
+        [&](const auto& raw, int64_t at) {
+          acc g[kWidth], v[kWidth];
+          raw[0].unpack_to(g);
+          raw[1].unpack_to(v);
+          channels.template differentiate<kWidth>(context, at, elements, columns > 1, g, v);
+          add_row<kWidth>(g, v, sums);
+        },
+        dy, x);
   }
-  if (!merge_grid<Sums<acc>, kCount>(partials, layout.c, channel, sums)) return;
-  finish_gradients<T, kCount>(layout, channel, parameters, sums, output);
+  if (!merge_grid<columns ? kWarp : 1>(partials, layout.c, sums, total)) return;
+  if (ends) finish_gradients(layout, base + thread, invstd, total, output);
 }
 
 }  // namespace modeprobe

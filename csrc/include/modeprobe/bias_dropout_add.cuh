@@ -79,8 +79,8 @@ __global__ void __launch_bounds__(kThreads, 2)
   using acc = acc_t<T>;
   const Key key = load_key(key_pointer);
   const Rate<acc> rate = resolve(source);
-  const int64_t column = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) * width;
-  Sums<acc> sums[width] = {};
+  const int64_t base = int64_t(blockIdx.x) * blockDim.x * width, column = base + threadIdx.x * width;
+  Sums<acc> sums[width] = {}, total{};
   if (column < layout.c) {
     const int64_t step = int64_t(gridDim.y) * blockDim.y * layout.c, elements = layout.elements();
     int64_t at = (int64_t(blockIdx.y) * blockDim.y + threadIdx.y) * layout.c + column;
@@ -109,11 +109,9 @@ __global__ void __launch_bounds__(kThreads, 2)
       }
     }
   }
-  if (!merge_grid<Sums<acc>, width>(partials, layout.c, column, sums)) return;
-  if (threadIdx.y == 0 && column < layout.c) {
-#pragma unroll
-    for (int i = 0; i < width; ++i) d_bias[column + i] = narrow<T>(sums[i].a);
-  }
+  if (!merge_grid<kWarp>(partials, layout.c, sums, total)) return;
+  const unsigned thread = thread_of_block();
+  if (thread < blockDim.x * width && base + thread < layout.c) d_bias[base + thread] = narrow<T>(total.a);
 }
 
 template <typename T>
@@ -123,8 +121,14 @@ bool bias_columns_align(int64_t columns, const T* dy, const T* dx) {
 }
 
 template <typename T>
+ReduceShape bias_shape(int64_t rows, int64_t columns, bool aligned) {
+  const int count = aligned ? kBiasColumns<T> : 1;
+  return column_shape(rows, columns, count, count * int(sizeof(T)));
+}
+
+template <typename T>
 size_t bias_workspace_bytes(int64_t rows, int64_t columns, bool aligned) {
-  const ReduceShape shape = reduce_shape({rows, columns, 1}, aligned ? kBiasColumns<T> : 1);
+  const ReduceShape shape = bias_shape<T>(rows, columns, aligned);
   return Partials<Sums<acc_t<T>>>::bytes(columns, shape.grid.y);
 }
 
@@ -137,8 +141,7 @@ cudaError_t launch_bias_dropout_add_backward(const T* dy, T* dx, T* d_bias, int6
   const bool aligned = bias_columns_align(columns, dy, dx);
   const auto kernel =
       aligned ? bias_dropout_add_backward_kernel<T, kBiasColumns<T>> : bias_dropout_add_backward_kernel<T, 1>;
-  const ReduceShape shape =
-      reduce_shape(layout, aligned ? kBiasColumns<T> : 1, resident_blocks(kernel, kReduceBlocks));
+  const ReduceShape shape = bias_shape<T>(rows, columns, aligned);
   const cudaError_t status = cudaMemsetAsync(workspace, 0, Partials<Value>::ticket_bytes(columns), stream);
   if (status != cudaSuccess) return status;
   return launch(kernel, shape.grid, shape.block, stream, dy, dx, layout, key, offset,

@@ -11,8 +11,8 @@ namespace modeprobe {
 struct Layout {
   int64_t n, c, s;
 
-  // Positions of a contiguous row, at most: cursors count them in 32 bits.
-  static constexpr int64_t kLongestRow = int64_t{1} << 31;
+  // Positions of a contiguous row, at most: within a row they are counted in 31 bits.
+  static constexpr int64_t kLongestRow = int64_t{1} << 30;
 
   MODEPROBE_HD int64_t elements() const { return n * c * s; }
   MODEPROBE_HD int64_t per_channel() const { return n * s; }
@@ -169,6 +169,18 @@ __device__ __forceinline__ void store_at(T* to, int64_t at, int64_t end, bool wh
     if (at + i < end) to[at + i] = narrow<T>(in[i]);
 }
 
+// `count` elements, 16 bytes at a time where they lie so.
+template <typename T, int count>
+__device__ __forceinline__ void load_neighbours(const T* from, acc_t<T>* out) {
+  load_at<T, count>(from, 0, count, is_aligned(from), out);
+}
+
+// Neighbouring channels from `first` on, after the last of which the first comes again.
+struct ChannelRun {
+  int64_t first, channels;
+  bool wraps;  // known not to where false
+};
+
 // A parameter or buffer, held in the accumulate type or in the data's own; null where absent.
 template <typename T>
 struct Parameter {
@@ -181,44 +193,24 @@ struct Parameter {
   __device__ __forceinline__ acc_t<T> load_or(int64_t i, acc_t<T> absent) const {
     return data ? load(i) : absent;
   }
+  // `count` of them, those of a run.
+  template <int count>
+  __device__ __forceinline__ void load_run(const ChannelRun& run, acc_t<T>* out) const {
+    if (run.wraps) {
+      int64_t c = run.first;
+#pragma unroll
+      for (int k = 0; k < count; ++k, c = c + 1 == run.channels ? 0 : c + 1) out[k] = load(c);
+    } else if (wide) {
+      load_neighbours<acc_t<T>, count>(static_cast<const acc_t<T>*>(data) + run.first, out);
+    } else {
+      load_neighbours<T, count>(static_cast<const T*>(data) + run.first, out);
+    }
+  }
   __device__ __forceinline__ void store(int64_t i, acc_t<T> value) const {
     if (wide)
       static_cast<acc_t<T>*>(data)[i] = value;
     else
       static_cast<T*>(data)[i] = narrow<T>(value);
-  }
-};
-
-// The channel of a position that moves by a fixed stride: additions with carry instead of divisions.
-struct Cursor {
-  uint32_t column, channel;            // column: position within the row of s elements
-  uint32_t column_step, channel_step;  // of one stride
-
-  __device__ __forceinline__ Cursor(const Layout& layout, int64_t at, int64_t stride)
-      : column(uint32_t(at % layout.s)),
-        channel(uint32_t(at / layout.s % layout.c)),
-        column_step(uint32_t(stride % layout.s)),
-        channel_step(uint32_t(stride / layout.s % layout.c)) {}
-
-  __device__ __forceinline__ void advance(const Layout& layout) {
-    const uint32_t row = uint32_t(layout.s), channels = uint32_t(layout.c);
-    column += column_step;
-    channel += channel_step;
-    if (column >= row) {
-      column -= row;
-      ++channel;
-    }
-    if (channel >= channels) channel -= channels;
-  }
-
-  // The channel of the element `lane` further on.
-  __device__ __forceinline__ uint32_t channel_of(const Layout& layout, int lane) const {
-    uint32_t at = column + lane, found = channel;
-    while (at >= layout.s) {
-      at -= uint32_t(layout.s);
-      found = found + 1 == layout.c ? 0 : found + 1;
-    }
-    return found;
   }
 };
 

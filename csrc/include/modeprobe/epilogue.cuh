@@ -99,9 +99,14 @@ struct EpilogueContext {
   // z (normalised, without residual) becomes y, for `count` positions from `at` on within one chunk.
   template <int count>
   __device__ __forceinline__ void forward(int64_t at, int64_t end, bool whole, acc* z) const {
+    acc residual[count];
+    if (e.residual) load_at<T, count>(e.residual, at, end, whole, residual);
+    forward<count>(at, end, residual, z);
+  }
+  // The same with the residual's elements, loaded ahead where there is one.
+  template <int count>
+  __device__ __forceinline__ void forward(int64_t at, int64_t end, const acc* residual, acc* z) const {
     if (e.residual) {
-      acc residual[count];
-      load_at<T, count>(e.residual, at, end, whole, residual);
 #pragma unroll
       for (int i = 0; i < count; ++i) z[i] += residual[i];
     }

@@ -125,14 +125,4 @@ int resident_blocks(void (*kernel)(Params...), int most) {
   return most;
 }
 
-// Blocks for a grid-stride loop over `items`, one per thread and step: no more than stay resident, nor than
-// `most` on a multiprocessor.
-template <typename... Params>
-unsigned grid_stride_blocks(void (*kernel)(Params...), int64_t items, int most) {
-  const int64_t wanted = (items + kThreads - 1) / kThreads, least = multiprocessors();
-  if (wanted <= least) return unsigned(wanted < 1 ? 1 : wanted);
-  const int64_t room = least * resident_blocks(kernel, most);
-  return unsigned(wanted < room ? wanted : room);
-}
-
 }  // namespace modeprobe

@@ -27,13 +27,6 @@ MODEPROBE_HD Moments<T> merge(Moments<T> a, Moments<T> b) {
   return {n, a.mean + delta * share, a.m2 + b.m2 + delta * delta * (T(a.n) * share)};
 }
 
-// Two sets of the same size: no division.
-template <typename T>
-MODEPROBE_HD Moments<T> merge_equal(Moments<T> a, Moments<T> b) {
-  const T half = (b.mean - a.mean) * T(0.5);
-  return {a.n + b.n, a.mean + half, a.m2 + b.m2 + half * half * (T(2) * T(a.n))};
-}
-
 // A count as two exact float32 digits of base 2^24, so that it travels in the same message as the moments.
 constexpr int64_t kCountBase = int64_t{1} << 24;
 
