@@ -17,7 +17,7 @@ from .results import Results
 
 COPY = "copy bandwidth"
 INSTRUCTIONS = "instructions per element"
-NO_GPU = "not yet run on a GPU"
+NO_GPU = "needs a GPU"
 NO_REASON = "no reason given; add a why to benchmarks/targets.json"
 
 
@@ -28,8 +28,7 @@ class Verdict:
     Args:
         bound: in words, such as ``"at least 30x torch"``.
         measured: 20th, 50th and 80th percentile in the bound's unit; the median decides.
-        verdict: "met", "missed", "not measured", "not yet run on a GPU", or a row's own status when it
-            has no time.
+        verdict: "met", "missed", "not measured", "needs a GPU", or a row's own status when it has no time.
         row: the work that decided.
         why: the reason of a miss, or of a figure that is absent.
         run: the run in which the row that decided was measured.

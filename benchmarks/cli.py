@@ -272,8 +272,8 @@ def render(console: Any, path: Path, publish: bool) -> None:
         root = results.checkout()
         if root is None:
             raise ValueError("publish: refreshes a source tree, and this is an installed package")
-        others = [refreshed(other) for other in results.others(path, found)]
-        for file in publication.publish(found, others, path.parent / "charts", root):
+        every = [found, *(refreshed(other) for other in results.others(path))]
+        for file in publication.publish(every, path.parent.parent, root):
             console.print(f"refreshed: {file}", soft_wrap=True)
 
 

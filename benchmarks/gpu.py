@@ -35,7 +35,7 @@ from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 TOTAL = 525.0  # seconds; what is left after a slow step is what the next one gets
-NUMBERS = 10
+NUMBERS = 20
 PACKED = 10.0  # seconds between two packings of the results while a step runs
 
 
@@ -225,6 +225,7 @@ def facts(session: Session, limit: float) -> Outcome:
     return run(session, "facts", session.python("-c", script), limit)
 
 
+RESULT = r"(\d+) (passed|failed|skipped|errors?)"  # of pytest's last line
 # Of some twenty processes: threads of their own and pools of compilers would be in each other's way.
 SIDE_BY_SIDE = {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
 
@@ -258,8 +259,12 @@ def tests(session: Session, limit: float) -> Outcome:
 
     with ThreadPoolExecutor(len(parts)) as pool:
         found = list(pool.map(one, parts))
-    verdict = next((one.verdict for one in found if one.verdict != "ok"), "ok")
-    note = "; ".join(f"{one.step.removeprefix('tests-')}: {one.note}" for one in found)
+    verdicts = [one.verdict for one in found]
+    verdict = next((word for word in ("failed", "timeout") if word in verdicts), "ok")
+    counts = [(how, int(count)) for one in found for count, how in re.findall(RESULT, one.note)]
+    totals = {how: sum(count for which, count in counts if which == how) for how in dict(counts)}
+    parts_left = [f"{one.step.removeprefix('tests-')}: {one.note}" for one in found if one.verdict != "ok"]
+    note = "; ".join([", ".join(f"{count} {how}" for how, count in totals.items()), *parts_left])
     return Outcome("tests", verdict, time.monotonic() - start, note)
 
 
@@ -458,18 +463,43 @@ def slug(text: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
 
 
+def read(path: Path) -> dict[str, Any]:
+    """A file's JSON object; an empty one where there is none."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def targets(results: Path, device: str) -> list[dict[str, Any]]:
+    return [one for one in read(results / "results.json").get("targets", []) if one.get("device") == device]
+
+
 def numbers(results: Path, device: str) -> list[str]:
     """The most important figures: the targets in their order, with what was measured."""
-    try:
-        found = json.loads((results / "results.json").read_text())
-    except (OSError, ValueError):
+    if not read(results / "results.json"):
         return ["no benchmark results"]
-    lines = []
-    for one in found.get("targets", []):
-        if one.get("device") != device or not one.get("measured"):
-            continue
-        lines.append(f"{one['measured'][1]:8.2f}  {one['text']}: {one['bound']}: {one['verdict']}")
+    measured = [one for one in targets(results, device) if one.get("measured")]
+    lines = [
+        f"{one['measured'][1]:8.2f}  {one['text']}: {one['bound']}: {one['verdict']}" for one in measured
+    ]
     return lines[:NUMBERS] or ["no target was measured"]
+
+
+def in_short(session: Session) -> list[str]:
+    """How the steps ended, and how many targets are met: the first lines of summary.md."""
+
+    def counted(words: Sequence[str]) -> str:
+        return ", ".join(f"{words.count(word)} {word}" for word in dict.fromkeys(words))
+
+    found = targets(session.results, session.device)
+    machine = read(session.results / "facts.json")
+    software = f"torch {machine['torch']}, CUDA {machine['cuda']}" if "torch" in machine else ""
+    return [
+        *([f"{machine.get('gpu', 'no GPU')}, {software}"] if software else []),
+        f"Steps: {counted([one.verdict for one in session.outcomes])}",
+        f"Targets: {counted([one['verdict'] for one in found]) or 'none measured'}",
+    ]
 
 
 def write(session: Session) -> None:
@@ -477,11 +507,13 @@ def write(session: Session) -> None:
     (session.results / "steps.json").write_text(
         json.dumps([asdict(one) for one in session.outcomes], indent=1) + "\n"
     )
-    lines = [f"# {session.machine}", "", "| step | verdict | seconds | note |", "|---|---|---|---|"]
+    lines = [f"# {session.machine}", "", *in_short(session), ""]
+    lines += ["```", *numbers(session.results, session.device), "```", ""]
+    lines += ["| step | verdict | seconds | note |", "|---|---|---|---|"]
     for one in session.outcomes:
         note = one.note.replace("|", "/")
         lines.append(f"| {one.step} | {one.verdict} | {one.seconds:.0f} | {note} |")
-    lines += ["", "```", *numbers(session.results, session.device), "```", ""]
+    lines.append("")
     (session.results / "summary.md").write_text("\n".join(lines))
     session.pack()
 

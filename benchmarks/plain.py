@@ -79,6 +79,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     late: list[Work] = []
     # Others get what the targets leave, not a share of it.
     for part in filter(None, (named, works[len(named) :])):
+        if late:
+            late += part
+            continue
         late += runner.run(
             part,
             options.device,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,9 +15,17 @@ DOCUMENTS = ("README.md", "docs/performance.md")
 # chart -> picture in docs/images, for each kind of machine
 PICTURES = {"headline": "headline", "summary": "benchmarks"}
 BLOCK = re.compile(r"(<!-- bench: (?P<kind>cpu|gpu) (?P<name>[a-z_]+) -->\n).*?(<!-- /bench -->)", re.DOTALL)
+NOT_YET = {
+    "gpu": "**Not yet run on a GPU**: no GPU figure is given here before one was measured.\n",
+    "cpu": "Not yet measured on a CPU.\n",
+}
 
 
-def blocks(results: Results, others: Sequence[Results] = ()) -> dict[str, str]:
+def kind_of(results: Results) -> str:
+    return "gpu" if results["machine"]["gpu"] else "cpu"
+
+
+def blocks(results: Results, *others: Results) -> dict[str, str]:
     """Markdown by block name, for the marked places of the documents.
 
     Args:
@@ -25,6 +34,7 @@ def blocks(results: Results, others: Sequence[Results] = ()) -> dict[str, str]:
     """
     every = (results, *others)
     made = {
+        "state": state(results),
         "machine": machine_and_software(results) + ".\n",
         "machines": "".join(f"* {machine_line(one)}\n" for one in every),
         "floors": tables.floor_table(results).markdown(),
@@ -36,7 +46,24 @@ def blocks(results: Results, others: Sequence[Results] = ()) -> dict[str, str]:
     }
     for name in ("dropout", "batch_norm", "models"):
         made[name] = tables.work_table(results, name).markdown()
+    made["report"] = report(results, *others)
     return made
+
+
+def state(results: Results) -> str:
+    """The machine, and how many of its targets are met, in two sentences."""
+    words = Counter(item["verdict"] for item in tables.own_targets(results))
+    counted = ", ".join(f"{count} {word}" for word, count in words.most_common())
+    return f"Measured on {machine_and_software(results)}. Targets: {counted}.\n"
+
+
+def report(results: Results, *others: Results) -> str:
+    """Every table of a machine that documents show, under a heading each."""
+    every = [tables.targets_by_machine((results, *others)), tables.floor_table(results)]
+    every += [tables.work_table(results, name) for name in ("dropout", "batch_norm")]
+    every += [tables.layer_totals(results), tables.work_table(results, "models"), tables.losses(results)]
+    parts = [f"### {table.title}\n\n{table.markdown()}" for table in every if table.rows]
+    return "\n".join(["".join(f"* {machine_line(one)}\n" for one in (results, *others)), *parts])
 
 
 def machine_line(results: Results) -> str:
@@ -44,45 +71,62 @@ def machine_line(results: Results) -> str:
     return f"[{name}](../benchmarks/results/{name}/results.json): {machine_and_software(results)}"
 
 
-def refresh(text: str, results: Results, others: Sequence[Results] = ()) -> str:
-    """A document with the marked tables of this machine's kind replaced::
+def by_kind(every: Sequence[Results]) -> dict[str, list[Results]]:
+    found: dict[str, list[Results]] = {}
+    for one in every:
+        found.setdefault(kind_of(one), []).append(one)
+    return found
+
+
+def refresh(text: str, every: Sequence[Results]) -> str:
+    """A document with the marked tables replaced::
 
         <!-- bench: cpu headline -->
         <!-- /bench -->
 
+    Args:
+        every: results by machine; the first of each kind fills the tables. Of a kind that has none, "state"
+            says so, and the other blocks are empty.
+
     Raises:
         ValueError: a block's name is unknown.
     """
-    kind = "gpu" if results["machine"]["gpu"] else "cpu"
-    made = blocks(results, others)
+    made = {kind: blocks(*those) for kind, those in by_kind(every).items()}
+    names = list(next(iter(made.values())))
 
     def replaced(match: re.Match[str]) -> str:
-        if match["kind"] != kind:
-            return match[0]
-        if match["name"] not in made:
-            raise ValueError(f"no such block: {match['name']}; there are {', '.join(made)}")
-        return f"{match[1]}\n{made[match['name']]}\n{match[4]}"
+        kind, name = match["kind"], match["name"]
+        if name not in names:
+            raise ValueError(f"no such block: {name}; there are {', '.join(names)}")
+        content = made[kind][name] if kind in made else NOT_YET[kind] if name == "state" else ""
+        return f"{match[1]}\n{content}\n{match[4]}" if content else match[1] + match[4]
 
     return BLOCK.sub(replaced, text)
 
 
-def publish(results: Results, others: Sequence[Results], charts: Path, root: Path) -> list[Path]:
-    """Refreshes the documents below ``root`` and copies their pictures to ``docs/images``."""
-    device, kind = ("cuda", "gpu") if results["machine"]["gpu"] else ("cpu", "cpu")
+def publish(every: Sequence[Results], folder: Path, root: Path) -> list[Path]:
+    """Refreshes the documents below ``root`` and copies their pictures to ``docs/images``.
+
+    Args:
+        every: results of the machine that publishes, then of the others.
+        folder: of the machines' folders, for their charts.
+    """
     changed = []
     for name in DOCUMENTS:
         path = root / name
         if path.is_file():
             text = path.read_text()
-            fresh = refresh(text, results, others)
+            fresh = refresh(text, every)
             if fresh != text:
                 path.write_text(fresh)
                 changed.append(path)
-    for chart, picture in PICTURES.items():
-        source = charts / f"{chart}-{device}.png"
-        if source.is_file():
+    for kind, (first, *_) in by_kind(every).items():
+        device = "cuda" if kind == "gpu" else "cpu"
+        for chart, picture in PICTURES.items():
+            source = folder / first["machine"]["name"] / "charts" / f"{chart}-{device}.png"
             target = root / "docs" / "images" / f"{picture}-{kind}.png"
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(source.read_bytes())
-            changed.append(target)
+            if source.is_file() and not (target.is_file() and target.read_bytes() == source.read_bytes()):
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_bytes(source.read_bytes())
+                changed.append(target)
     return changed

@@ -251,14 +251,14 @@ def load(path: Path) -> Results:
     return found
 
 
-def others(path: Path, lead: Results) -> list[Results]:
-    """The results of other machines of the same kind beside a file, the latest first; no quick runs."""
+def others(path: Path) -> list[Results]:
+    """The results of other machines beside a file, the latest first; no quick runs."""
     found = []
     for file in path.parent.parent.glob("*/results.json"):
         if file.parent == path.parent or file.parent.name.endswith("-quick"):
             continue
         other = load(file)
-        if bool(other["machine"]["gpu"]) == bool(lead["machine"]["gpu"]) and other["results"]:
+        if other["results"]:
             found.append(other)
     return sorted(found, key=lambda one: max(run["date"] for run in one["runs"].values()), reverse=True)
 

@@ -234,10 +234,16 @@ def whys(verdicts: Iterable[dict[str, Any]]) -> list[str]:
     return [f"{'; '.join(dict.fromkeys(rows))}: {reason}" for reason, rows in found.items()]
 
 
+def own_targets(results: Results) -> list[dict[str, Any]]:
+    """The targets that this kind of machine can tell."""
+    gpu = bool(results["machine"]["gpu"])
+    return [item for item in results["targets"] if (item["device"] == "cuda") == gpu]
+
+
 def target_tables(results: Results) -> list[Table]:
-    """The targets of this kind of machine, then those that only another kind can tell."""
-    pending = [item for item in results["targets"] if item["verdict"] == NO_GPU]
-    here = [item for item in results["targets"] if item["verdict"] != NO_GPU]
+    """The targets of this kind of machine; below a CPU's those that need a GPU."""
+    here = own_targets(results)
+    pending = [item for item in results["targets"] if item["verdict"] == NO_GPU and item not in here]
     tables = [
         sourced(target_table(here), results, judged(results)),
         target_table(pending, "Targets for a GPU"),
@@ -252,19 +258,16 @@ def judged(results: Results) -> list[dict[str, Any]]:
 
 
 def targets_by_machine(every: Sequence[Results]) -> Table:
-    """Every target with a column per machine; the first one's reasons below, then those of the others.
+    """One kind of machine's targets, with a column for each; below, the first one's reasons before the others'.
 
     Reasons speak of today's kernels: other machines that have measured older ones get none.
     """
     if len(every) == 1:
-        table, *pending = target_tables(every[0])
-        for more in pending:
-            table.rows += more.rows
-        return table
+        return target_tables(every[0])[0]
     table = Table("Targets", ["work", "target", *(heading(one) for one in every)])
     found: dict[tuple[str, str, str], dict[int, str]] = {}
     for index, one in enumerate(every):
-        for item in one["targets"]:
+        for item in own_targets(one):
             cells = found.setdefault((in_words(item), item["device"], item["bound"]), {})
             figure = f"{item['measured'][1]:.3g} " if item["measured"] else ""
             word = "**missed**" if item["verdict"] == "missed" else item["verdict"]
@@ -275,7 +278,7 @@ def targets_by_machine(every: Sequence[Results]) -> Table:
     ]
     older = [one for one in every[1:] if is_older(one)]
     explained = [one for one in every if one not in older]
-    table.notes = list(dict.fromkeys(note for one in explained for note in whys(one["targets"])))
+    table.notes = list(dict.fromkeys(note for one in explained for note in whys(own_targets(one))))
     table.notes += [
         f"{one['machine']['name']}: measured with older kernels, whose misses are not explained here."
         for one in older

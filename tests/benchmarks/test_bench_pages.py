@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 
@@ -23,8 +24,8 @@ def machine_code_is_not_read():
 
 
 def fabricated(gpu=None):
-    """Results of every work of the CPU: torch takes 4 ms, modeprobe 1, the floors 0.5."""
-    found = results.empty()
+    """Results of every work of the CPU, or of the GPU: torch takes 4 ms, modeprobe 1, the floors 0.5."""
+    found, device = results.empty(), "cuda" if gpu else "cpu"
     found["machine"].update(name="made-up", cpu="Made Up", gpu=gpu)
     found["runs"]["one"] = {
         "date": "2026-01-01T00:00:00Z",
@@ -36,14 +37,14 @@ def fabricated(gpu=None):
     }
     costs = {"torch": 4e-3, "torch.compile": 2e-3, "modeprobe": 1e-3, "x * 2": 5e-4, "x.clone()": 5e-4}
     rows = []
-    for work in registry.select(registry.all_works("cpu")):
+    for work in [way for both in registry.select(registry.all_works(device)) for way in both.ways]:
         for provider, cost in costs.items():
             floor = provider.startswith("x")
             rows.append(
                 {
                     "work": work.name,
                     "provider": provider,
-                    "device": "cpu",
+                    "device": device,
                     "status": "ok",
                     "reason": "",
                     "note": "",
@@ -147,17 +148,37 @@ def test_the_page_escapes_what_providers_say(made):
 def test_blocks_of_this_kind_of_machine_are_refreshed(made):
     text = (
         "a\n<!-- bench: cpu headline -->\nold\n<!-- /bench -->\nb\n"
-        "<!-- bench: gpu headline -->\nnot yet run on a GPU\n<!-- /bench -->\n"
+        "<!-- bench: gpu state -->\nold\n<!-- /bench -->\n"
+        "<!-- bench: gpu headline -->\nold\n<!-- /bench -->\n"
     )
-    fresh = publication.refresh(text, made)
+    fresh = publication.refresh(text, [made])
     assert "old" not in fresh
     assert "| Dropout, 2^20 (in cache) | 4 ms | 2 ms | 1 ms | 4x |" in fresh
-    assert "not yet run on a GPU" in fresh
-    assert publication.refresh(fresh, made) == fresh
+    assert fresh.count("Not yet run on a GPU") == 1
+    assert publication.refresh(fresh, [made]) == fresh
     with pytest.raises(ValueError, match="no such block: nothing"):
-        publication.refresh("<!-- bench: cpu nothing -->\n<!-- /bench -->", made)
-    gpu = fabricated({"name": "G", "memory_gib": 1, "multiprocessors": 1})
-    assert "old" in publication.refresh(text, gpu)
+        publication.refresh("<!-- bench: cpu nothing -->\n<!-- /bench -->", [made])
+
+
+def test_what_a_gpu_has_shown_stands_beside_the_cpu(made):
+    """Whichever machine publishes; "not yet" goes with the first results."""
+    gpu = fabricated({"name": "G9", "memory_gib": 80, "multiprocessors": 132})
+    text = "".join(
+        f"<!-- bench: {name} -->\n<!-- /bench -->\n"
+        for name in ("cpu targets", "gpu state", "gpu headline", "gpu report")
+    )
+    fresh = publication.refresh(text, [made, gpu])
+    assert fresh == publication.refresh(text, [gpu, made])
+    assert "Not yet" not in fresh
+    cpu, state, headline, report = fresh.split("<!-- /bench -->")[:4]
+    assert "needs a GPU" not in fresh
+    assert "Measured on G9 (80 GiB, 132 multiprocessors)" in state
+    met = sum(item["verdict"] == "met" for item in gpu["targets"] if item["device"] == "cuda")
+    assert f" {met} met" in state
+    assert "BatchNorm2d training forward" in headline
+    assert "256 MB and 1 GB float32" in report
+    assert "256 MB and 1 GB float32" not in cpu
+    assert "(32,64,56,56)" not in report.partition("### Targets")[2].partition("###")[0]
     for text in publication.blocks(made).values():
         assert text.endswith("\n")
 
@@ -186,9 +207,9 @@ def test_other_machines_get_a_column_the_latest_first(made, tmp_path):
     save("here-quick", "2026-01-01T00:00:00Z")
     save("a-gpu", "2026-01-01T00:00:00Z", gpu={"name": "G"})
     path = tmp_path / "here" / "results.json"
-    found = results.others(path, results.load(path))
-    assert [one["machine"]["name"] for one in found] == ["newer", "older"]
-    blocks = publication.blocks(made, found)
+    found = results.others(path)
+    assert [one["machine"]["name"] for one in found] == ["a-gpu", "newer", "older"]
+    blocks = publication.blocks(*publication.by_kind([made, *found])["cpu"])
     heading = blocks["targets"].splitlines()[0]
     assert heading == "| work | target | made-up on 2026-01-01 | newer on 2025-01-01 | older on 2024-01-01 |"
     assert [line.split("]")[0] for line in blocks["machines"].splitlines()] == [
@@ -200,7 +221,9 @@ def test_other_machines_get_a_column_the_latest_first(made, tmp_path):
 
 def test_publishing_refreshes_documents_and_pictures(made, drawn, tmp_path):
     (tmp_path / "README.md").write_text("<!-- bench: cpu machine -->\n<!-- /bench -->\n")
-    changed = publication.publish(made, [], drawn[1], tmp_path)
+    folder = tmp_path / "results"
+    shutil.copytree(drawn[1], folder / made["machine"]["name"] / "charts")
+    changed = publication.publish([made], folder, tmp_path)
     assert [path.name for path in changed] == ["README.md", "headline-cpu.png", "benchmarks-cpu.png"]
     assert "Made Up" in (tmp_path / "README.md").read_text()
     for path in changed[1:]:
@@ -215,7 +238,7 @@ def test_this_projects_documents_only_name_blocks_that_exist(made):
         if (root / name).is_file():
             text = (root / name).read_text()
             assert text.count("<!-- bench:") == len(publication.BLOCK.findall(text)), name
-            publication.refresh(text, made)
+            publication.refresh(text, [made])
 
 
 def test_every_saved_machine_has_a_folder_of_its_own_name():
@@ -295,7 +318,7 @@ def test_check_prints_verdicts_and_fails_on_a_miss(folder):
     assert ran.exit_code == 1
     assert "at least 30x torch" in ran.output
     assert "missed" in ran.output
-    assert "not yet run on a GPU" in ran.output
+    assert "needs a GPU" in ran.output
     assert "no reason given; add a why" in flat(ran.output)
     assert re.search(r"\d+ missed without a reason", ran.output)
 

@@ -226,7 +226,7 @@ def test_a_cost_is_the_inverse_of_a_speed_up_with_its_ends_swapped():
 
 def test_targets_without_a_time_say_so():
     assert verdicts(TARGET) == [("not measured", "")] * 2
-    assert verdicts({**TARGET, "device": "cuda"}) == [("not yet run on a GPU", "")] * 2
+    assert verdicts({**TARGET, "device": "cuda"}) == [("needs a GPU", "")] * 2
     assert (
         verdicts(TARGET, row(status="wrong", reason="off by 3", seconds=None)) == [("wrong", "off by 3")] * 2
     )
