@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from .check import named, targets
+from .check import fits, named, targets
 from .registry import item_size
 from .results import Results
 from .tables import by_work, group_names, in_words, members, section, size, times
@@ -196,7 +196,8 @@ def headline(results: Results) -> Any:
     axes.grid(axis="y", visible=False)
     axes.set_xlabel("speed in torch's: right of 1 modeprobe is faster, left of it slower (log scale)")
     if compiled is not None:
-        axes.legend([compiled], ["torch.compile, in torch's speed"], loc="lower right")
+        words = ["torch.compile, in torch's speed"]
+        axes.legend([compiled], words, loc="lower right", bbox_to_anchor=(1.0, 1.0), borderaxespad=0.1)
     axes.set_title(f"modeprobe beside torch: {where(results)}", loc="left", fontsize=10, color=INK)
     return drawing
 
@@ -210,18 +211,18 @@ def where(results: Results) -> str:
 
 def summary_rows(results: Results, device: str) -> list[tuple[str, dict[str, dict[str, Any]]]]:
     """(words, provider -> row) for each work that a target names and modeprobe has a figure for."""
-    groups = by_work(results["results"])
+    groups = {
+        work: group
+        for (where, work), group in by_work(results["results"]).items()
+        if where == device
+        and (ours := group.get("modeprobe") or {}).get("of_copy")
+        and ours["elements"] > TINY
+    }
     found: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {}
     for target in targets():
-        group = groups.get((device, target.get("work", "")))
-        ours = (group or {}).get("modeprobe") or {}
-        if target["device"] == device and group and ours.get("of_copy") and ours["elements"] > TINY:
-            found[target["work"]] = (in_words(target), group)
-    if not found:  # targets that name patterns: every work that has all it takes
-        for (where, work), group in groups.items():
-            ours = group.get("modeprobe") or {}
-            if where == device and ours.get("of_copy") and not ours["groups"] and ours["elements"] > TINY:
-                found[work] = (work, group)
+        for work, group in groups.items():
+            if target["device"] == device and fits(work, target):
+                found[work] = (in_words(target) if work == target["work"] else work, group)
     return list(found.values())
 
 

@@ -155,7 +155,8 @@ def judge(
         return verdict([count] * 3, "met" if count <= bound["at_most"] else "missed")
     rows = matching(target, results)
     if not rows:
-        return verdict(None, NO_GPU if target["device"] == "cuda" else "not measured")
+        elsewhere = target["device"] == "cuda" and not results["machine"]["gpu"]
+        return verdict(None, NO_GPU if elsewhere else "not measured")
     bad = next((row for row in rows if row["status"] != "ok"), None)
     if bad is not None:
         return verdict(None, bad["status"], bad["reason"], bad)

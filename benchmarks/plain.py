@@ -72,8 +72,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     named = [work for work in works if priority(work, options.device) < 2]
     print(f"{len(works)} works, at most {options.budget:.0f} s", flush=True)
     if options.warm:
-        compared_with = [work for work in named if runner.COMPILE in compared(work, options.device)]
-        print(warm.warm_up(compared_with, options.device, options.warm), flush=True)
+        compiled = [work for work in named if work.compiled]
+        print(warm.warm_up(compiled, options.device, options.warm), flush=True)
     # What is imported by now is looked at by none of the collections that follow each work.
     gc.freeze()
     late: list[Work] = []

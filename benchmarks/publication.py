@@ -14,6 +14,10 @@ from .results import Results
 DOCUMENTS = ("README.md", "docs/performance.md")
 # chart -> picture in docs/images, for each kind of machine
 PICTURES = {"headline": "headline", "summary": "benchmarks"}
+CAPTIONS = {
+    "headline": "How many times as fast as torch",
+    "benchmarks": "Time against a copy of the same bytes",
+}
 BLOCK = re.compile(r"(<!-- bench: (?P<kind>cpu|gpu) (?P<name>[a-z_]+) -->\n).*?(<!-- /bench -->)", re.DOTALL)
 NOT_YET = {
     "gpu": "**Not yet run on a GPU**: no GPU figure is given here before one was measured.\n",
@@ -58,12 +62,14 @@ def state(results: Results) -> str:
 
 
 def report(results: Results, *others: Results) -> str:
-    """Every table of a machine that documents show, under a heading each."""
+    """Every table of a machine that documents show, under a heading each, and its pictures."""
     every = [tables.targets_by_machine((results, *others)), tables.floor_table(results)]
     every += [tables.work_table(results, name) for name in ("dropout", "batch_norm")]
     every += [tables.layer_totals(results), tables.work_table(results, "models"), tables.losses(results)]
     parts = [f"### {table.title}\n\n{table.markdown()}" for table in every if table.rows]
-    return "\n".join(["".join(f"* {machine_line(one)}\n" for one in (results, *others)), *parts])
+    machines = "".join(f"* {machine_line(one)}\n" for one in (results, *others))
+    pictures = [f"![{words}](images/{name}-{kind_of(results)}.png)\n" for name, words in CAPTIONS.items()]
+    return "\n".join([machines, *pictures, *parts])
 
 
 def machine_line(results: Results) -> str:

@@ -23,7 +23,7 @@ GPU = Limits(seconds=1.0, least_rounds=10, most_rounds=60)
 QUICK = Limits(seconds=0.8, least_rounds=3, most_rounds=20, sample_seconds=1e-3)
 COMPILE = "torch.compile"
 # What a torch.compile peer costs before it can be timed, until one has shown it: with less time per work
-# it is left out, unless a target compares the work with it.
+# it is left out, unless a target names the work or compares it with torch.compile.
 COMPILE_SECONDS = 3.0
 TIMING_SHARE = 0.6  # of the time left per work; the rest goes to inputs, references and compilation
 # Parts of the time left: a target's work counts double, and compiling one takes as much again.
@@ -92,7 +92,7 @@ def run(
             share = remaining * weights[index] / sum(weights[index:])
             own = within(limits, TIMING_SHARE * share / len(work.ways))
             cost = median(compiling) if compiling else COMPILE_SECONDS
-            if share < cost and COMPILE not in compared(work, device):
+            if share < cost and priority(work, device) and COMPILE not in compared(work, device):
                 left.append(COMPILE)
         try:
             rows = measure(work, device, own, clock=clock, without=left)

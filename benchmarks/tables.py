@@ -258,7 +258,7 @@ def judged(results: Results) -> list[dict[str, Any]]:
 
 
 def targets_by_machine(every: Sequence[Results]) -> Table:
-    """One kind of machine's targets, with a column for each; below, the first one's reasons before the others'.
+    """Targets of one kind of machine, a column for each; below them reasons, the first machine's first.
 
     Reasons speak of today's kernels: other machines that have measured older ones get none.
     """
