@@ -338,7 +338,7 @@ def findings(log: Path) -> bool:
 
 def bench(session: Session, limit: float) -> Outcome:
     arguments = ["--device", session.device, "--budget", str(max(10, int(limit) - 15))]
-    arguments += ["--warm", str(int(limit / 4))] if session.device == "cuda" else []
+    arguments += ["--warm", str(int(min(limit / 4, 75)))] if session.device == "cuda" else []
     arguments += ["--machine", session.machine, "--output", str(session.results.parent), *session.bench]
     return run(session, "bench", session.python("-m", "modeprobe.benchmarks.plain", *arguments), limit)
 
