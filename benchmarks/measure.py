@@ -111,7 +111,11 @@ def measure(
         fill(rows[name], own, samples, work)
     found = list(rows.values())
     if work.replays and device == "cuda":
-        found += measure_replay(work.replay, device, limits, clock, rows, ready, problem, capture)
+        try:
+            found += measure_replay(work.replay, device, limits, clock, rows, ready, problem, capture)
+        except Exception as error:  # the eager calls have their figures
+            reason = f"{type(error).__name__}: {first_line(error)}"
+            found.append(row(work.replay, MODEPROBE, device, status="failed", reason=reason))
     del contenders, ready, problem
     gc.collect()
     return found

@@ -146,6 +146,16 @@ def test_a_replay_that_fails_or_does_something_else_is_not_timed(monkeypatch):
     assert set(rows["double/forward/8/float32/graph", "torch"].ratios) == {"x.clone()"}
 
 
+def test_a_replay_that_breaks_leaves_the_eager_calls_figures(monkeypatch):
+    def capture(candidate, calls):
+        runs = iter([candidate.run])  # one, which is judged
+        return Candidate(lambda: next(runs)())
+
+    rows = replay(monkeypatch, capture)
+    assert rows["double/forward/8/float32/graph", "modeprobe"].status == "failed"
+    assert rows["double/forward/8/float32", "modeprobe"].seconds is not None
+
+
 def test_the_tables_show_it(rows, tmp_path):
     from modeprobe.benchmarks import results
 
