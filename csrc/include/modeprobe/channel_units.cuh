@@ -40,8 +40,11 @@ struct Units {
   __device__ __forceinline__ explicit Units(const UnitCut& cut)
       : end(cut.elements), aligned(cut.aligned), column(0) {
     int64_t end_of_block;
+    // From the end: what the reduction before has read last is still in the L2 cache. On an H100 1% of the
+    // time of a forward pass over 411 MB, 5% over 51 MB.
+    const uint32_t block = gridDim.x - 1 - blockIdx.x;
     if constexpr (channels_last) {
-      const uint32_t tile = cut.groups.quotient(blockIdx.x), group = blockIdx.x - tile * cut.groups.value;
+      const uint32_t tile = cut.groups.quotient(block), group = block - tile * cut.groups.value;
       const int64_t row = int64_t(tile) * units * blockDim.y, line = cut.columns * count;
       column = int64_t(group) * blockDim.x + threadIdx.x;
       at = (row + threadIdx.y) * line + column * count;
@@ -49,7 +52,7 @@ struct Units {
       end_of_block = (row + int64_t(units) * blockDim.y) * line;
       if (column >= cut.columns) at = end;
     } else {
-      const int64_t begin = int64_t(blockIdx.x) * (kThreads * units * count);
+      const int64_t begin = int64_t(block) * (kThreads * units * count);
       at = begin + threadIdx.x * count;
       step = kThreads * count;
       end_of_block = begin + kThreads * units * count;
