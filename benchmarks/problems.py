@@ -105,6 +105,11 @@ def problem(
             candidate = build(functions["modeprobe"])
         return with_context(candidate, modeprobe_backend(backend, x.device.type))
 
+    def triton() -> Candidate:
+        if work.replays:
+            raise Unavailable("not measured in lists of layers")  # which cost minutes of a GPU as it is
+        return modeprobe("triton")
+
     def compiled() -> Candidate:
         if not work.compiled:
             raise Unavailable("not compiled for this row")
@@ -120,7 +125,7 @@ def problem(
 
     candidates: dict[str, Callable[[], Candidate]] = {
         "modeprobe": lambda: modeprobe("native"),
-        "modeprobe triton": lambda: modeprobe("triton"),
+        "modeprobe triton": triton,
         "torch": lambda: build(functions["torch"]),
         "torch.compile": compiled,
     }
