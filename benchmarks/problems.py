@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
+from torch._functorch import config as functorch_config
 
 from . import rivals
 from .compiled import CompiledPeer
@@ -116,11 +117,15 @@ def problem(
         function, parameters = functions["torch"]()
         peer = CompiledPeer(function)
         wanted = [tensor for tensor in (*inputs, *parameters) if tensor.requires_grad]
-        candidate = mode_candidate(work.mode, peer, inputs, wanted, gradient)
-        with candidate.context():
-            peer.warm_up(
-                candidate.forward if work.mode == "backward" and candidate.forward else candidate.run
-            )
+        # "backward" runs again over one graph, whose buffers must not have been given away.
+        with functorch_config.patch(donated_buffer=work.mode != "backward"):
+            candidate = mode_candidate(work.mode, peer, inputs, wanted, gradient)
+            with candidate.context():
+                if work.mode == "backward" and candidate.forward:
+                    peer.warm_up(candidate.forward)
+                    candidate.run()
+                else:
+                    peer.warm_up(candidate.run)
         return candidate
 
     candidates: dict[str, Callable[[], Candidate]] = {

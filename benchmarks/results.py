@@ -177,13 +177,16 @@ def versions() -> dict[str, str | None]:
 def commit() -> str | None:
     """The commit of the source tree, with "+" when files under version control differ from it.
 
-    Documents and saved results do not count: publishing changes them. A copy of the tree without git says
-    by ``MODEPROBE_COMMIT`` what it is a copy of.
+    Documents and saved results do not count: publishing changes them. ``MODEPROBE_COMMIT`` says what a copy of
+    the tree is a copy of, where its git does not know.
     """
+    copied = os.environ.get("MODEPROBE_COMMIT")
+    if copied:
+        return copied
     apart = (":!benchmarks/results", ":!docs", ":!*.md")
     changed = git("status", "--porcelain", "--untracked-files=no", "--", *apart)
     head = git("rev-parse", "--short=12", "HEAD")
-    return os.environ.get("MODEPROBE_COMMIT") if head is None else head + ("+" if changed else "")
+    return None if head is None else head + ("+" if changed else "")
 
 
 def older_kernels(measured: str | None) -> bool:
