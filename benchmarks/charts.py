@@ -194,7 +194,7 @@ def headline(results: Results) -> Any:
     axes.tick_params(axis="y", length=0)
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
-    axes.set_xlabel("speed in torch's: right of 1 modeprobe is faster, left of it slower (log scale)")
+    axes.set_xlabel("speed in torch's, log scale: right of 1x modeprobe is faster")
     if compiled is not None:
         place_above = {"loc": "lower right", "bbox_to_anchor": (1.0, 1.0), "borderaxespad": 0.1}
         axes.legend([compiled], ["torch.compile, in torch's speed"], **place_above)

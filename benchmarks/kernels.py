@@ -92,7 +92,7 @@ PROMISES = (
     Promise(r"batch_norm_on_chip_\w+_kernel<\w+, true, false", 1, vector_loads=True, vector_stores=True),
     Promise(r"batch_norm_on_chip_\w+_kernel", 2, vector_loads=True, vector_stores=True),
     Promise(r"structured_dropout_kernel<double", 2, vector_loads=True, vector_stores=True),
-    Promise(r"structured_dropout_kernel", 4, vector_loads=True, vector_stores=True),
+    Promise(r"structured_dropout_kernel", 3, vector_loads=True, vector_stores=True),
     Promise(r"bias_dropout_add_backward_kernel<\w+, 1>", 2),
     Promise(r"bias_dropout_add_backward_kernel", 2, vector_loads=True, vector_stores=True, in_flight=True),
     Promise(r"softmax_dropout(_backward)?_held_kernel", 1, vector_loads=True, vector_stores=True),

@@ -177,8 +177,8 @@ def versions() -> dict[str, str | None]:
 def commit() -> str | None:
     """The commit of the source tree, with "+" when files under version control differ from it.
 
-    Documents and saved results do not count: publishing changes them. ``MODEPROBE_COMMIT`` says what a copy of
-    the tree is a copy of, where its git does not know.
+    Documents and saved results do not count: publishing changes them. ``MODEPROBE_COMMIT`` says what a
+    copy of the tree is a copy of, where its git does not know.
     """
     copied = os.environ.get("MODEPROBE_COMMIT")
     if copied:

@@ -124,10 +124,16 @@ __device__ __forceinline__ uint32_t walk_bits(const MaskWalk& walk, Key key, con
 template <typename T>
 constexpr int kSpan = sizeof(T) == 8 ? kLanesPerChunk : 32 / int(sizeof(T));
 
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr int kStructuredBlocks = 3;  // ptxas needs more registers there
+#else
+constexpr int kStructuredBlocks = 4;
+#endif
+
 // x and y: dense, n elements in memory order, in blocks that do not stay (see elementwise.cuh). A packet in
 // which everything is dropped is not read.
 template <typename T, bool small>
-__global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : 4)
+__global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : kStructuredBlocks)
     structured_dropout_kernel(const T* x, T* y, int64_t n, MaskWalk walk, const int64_t* key, uint64_t offset,
                               RateSource<acc_t<T>> rate_from, AffineSource<acc_t<T>> affine_from) {
   using acc = acc_t<T>;
@@ -159,6 +165,15 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : 4)
   }
 }
 
+// Resident per multiprocessor, as far as no register is spilled.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+template <typename T>
+constexpr int kAlphaBlocks = sizeof(T) == 8 ? 2 : 3;
+#else
+template <typename T>
+constexpr int kAlphaBlocks = kElementwiseBlocks<T>;
+#endif
+
 template <typename T>
 struct AlphaDrop {
   Affine<acc_t<T>> affine;
@@ -171,7 +186,7 @@ struct AlphaDrop {
 };
 
 template <typename T, int share>
-__global__ void __launch_bounds__(kThreads, kElementwiseBlocks<T>)
+__global__ void __launch_bounds__(kThreads, kAlphaBlocks<T>)
     alpha_dropout_kernel(Chunks chunks, const T* x, T* y, const int64_t* key, RateSource<acc_t<T>> rate_from,
                          AffineSource<acc_t<T>> affine_from) {
   const Rate<acc_t<T>> rate = resolve(rate_from);
