@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,6 +21,7 @@ from modeprobe.probe.quiet import quiet
 
 _REPAIRS = 4
 _SIZES = 2  # of a whole that runs, in search of a part that it calls
+_SECONDS = 60  # of the processor's time, after which nothing else is tried
 _RUNS = 8  # of a model, until one runs in train mode too, or of a whole, until one reaches the part
 
 Found = tuple[nn.Module, dict[str, Any]]
@@ -73,9 +75,13 @@ class _Tried:
     def __init__(self, model_type: str) -> None:
         self.model_type = model_type
         self.ran = False
+        self.until = time.process_time() + _SECONDS
         self.instead = ""
         self.reasons: list[str] = []
         self.wholes: list[str] = []
+
+    def long_enough(self) -> bool:
+        return time.process_time() > self.until
 
     def __str__(self) -> str:
         if self.instead:
@@ -101,6 +107,8 @@ def _running(model_type: str, seed: int, tried: _Tried, complete: bool = False) 
         tried.instead = f"transformers has no default configuration of {model_type}: {_short(error)}"
         return
     for model in _models.models(config, seed):
+        if tried.long_enough():
+            return
         if isinstance(model, ImportError) and not str(model.name).startswith("transformers."):
             tried.instead = f"{model_type} needs a package: {_short(model)}"
             return
@@ -109,11 +117,12 @@ def _running(model_type: str, seed: int, tried: _Tried, complete: bool = False) 
             continue
         if not tried.ran:
             tried.ran, tried.reasons = True, []
-        before = len(tried.reasons)
-        for inputs in _accepted(model, tried.reasons):
-            yield model, inputs
-        if len(tried.reasons) == before:
-            tried.reasons.append(f"{type(model).__name__}.forward() does not say what it takes")
+        for runs in _models.runnable(model):
+            before = len(tried.reasons)
+            for inputs in _accepted(runs, tried):
+                yield runs, inputs
+            if len(tried.reasons) == before:
+                tried.reasons.append(f"{type(runs).__name__}.forward() does not say what it takes")
 
 
 def _as_part(model_type: str, seed: int, tried: _Tried) -> Iterator[Found]:
@@ -134,21 +143,21 @@ def _as_part(model_type: str, seed: int, tried: _Tried) -> Iterator[Found]:
         tried.wholes.append(f"{whole}, which holds it, {'runs without it' if ran else 'does not run either'}")
 
 
-def _accepted(model: nn.Module, failures: list[str]) -> Iterator[dict[str, Any]]:
-    """The inputs that the model runs on; why it did not run on the others is added to the failures."""
+def _accepted(model: nn.Module, tried: _Tried) -> Iterator[dict[str, Any]]:
+    """The inputs that the model runs on; why it did not run on the others is added to the reasons."""
     maker = InputMaker(model)
     seen = set()
 
     def attempt(inputs: dict[str, Any], repairs: int) -> Iterator[dict[str, Any]]:
         kinds = frozenset((name, str(getattr(value, "shape", value))) for name, value in inputs.items())
-        if kinds in seen:
+        if kinds in seen or tried.long_enough():
             return
         seen.add(kinds)
         failure = _failure(model, inputs)
         if failure is None:
             yield inputs
             return
-        failures.append(_short(failure))
+        tried.reasons.append(_short(failure))
         for other in maker.repaired(inputs, failure) if repairs else ():
             yield from attempt(other, repairs - 1)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import linecache
+import math
 import re
 import traceback
 from collections.abc import Iterator
@@ -13,7 +15,7 @@ import torch
 from torch import nn
 
 from modeprobe.probe.architectures.processors import processed
-from modeprobe.probe.architectures.sizes import PLACEHOLDERS
+from modeprobe.probe.architectures.sizes import PICTURE_SIDES, PLACEHOLDERS
 
 BATCH = 2
 LENGTH = 12
@@ -46,6 +48,12 @@ _SIZES_EXPECTED = (
         2,
     ),
 )
+_PICTURE_EXPECTED = re.compile(r"image size \((\d+)\*(\d+)\) doesn't match model \((\d+)\*(\d+)\)")
+_MULTIPLE_EXPECTED = re.compile(r"multiple of `?(\d+)")
+_ROWS_FOR_MASK = re.compile(
+    r"value tensor of shape \[(\d+).*?\] cannot be broadcast to indexing result of shape"
+)
+_VIEWED = re.compile(r"shape '\[(\d+(?:, \d+)*)\]' is invalid for input of size (\d+)")
 _CODEBOOKS = re.compile(r"shape '\[-1, (\d+), (\d+)\]' is invalid")
 _NAMED = re.compile(r"[`'](\w+)[`']")
 _WORD = re.compile(r"\b[a-z]\w+")
@@ -83,12 +91,30 @@ class InputMaker:
         """With the inputs, the placeholders in the text, or the sizes that the failure says are missing."""
         failure = " ".join(str(error).split())
         yield from self._with_placeholders(inputs, failure)
+        yield from self._with_a_place_for_each(inputs, failure)
         yield from _with_expected_sizes(inputs, failure)
+        yield from _with_expected_pictures(inputs, failure)
+        yield from _with_a_multiple(inputs, failure)
+        yield from _with_masks_by_picture(inputs, failure)
         yield from _with_codebooks(inputs, failure)
-        for named in (_NAMED.findall(failure), _read_where_raised(error)):
-            missing = [name for name in named if name in self.parameters and name not in inputs]
+        yield from _with_one_sample(inputs, failure)
+        raised, *callers = list(_read_where_raised(error)) or [[]]
+        callers = [[name for name in named if not _NOT_TRIED.search(name)] for named in callers]
+        tried = {"inputs_embeds"} if "input_ids" in inputs else set()
+        for named in (_NAMED.findall(failure), raised, *callers):
+            missing = [
+                name for name in dict.fromkeys(named) if name not in tried and self._takes_a_tensor(name)
+            ]
+            missing = [name for name in missing if name not in inputs]
+            tried.update(missing)
             if missing:
                 yield {**inputs, **{name: self.documented_tensor(name) for name in missing}}
+
+    def _takes_a_tensor(self, name: str) -> bool:
+        parameter = self.parameters.get(name)
+        if parameter is None:
+            return False
+        return parameter.annotation is parameter.empty or "Tensor" in str(parameter.annotation)
 
     def _with_placeholders(self, inputs: Inputs, failure: str) -> Iterator[Inputs]:
         missing = _MISSING_PLACEHOLDERS.search(failure)
@@ -104,6 +130,23 @@ class InputMaker:
                 kinds = (torch.ones_like(marks), torch.zeros_like(text))
                 found["mm_token_type_ids"] = torch.cat(kinds, dim=1)
             yield found
+
+    def _with_a_place_for_each(self, inputs: Inputs, failure: str) -> Iterator[Inputs]:
+        """With a longer text, and as many places in its mask as there are rows to put into it."""
+        found = _ROWS_FOR_MASK.search(failure)
+        text = inputs.get("input_ids")
+        if found is None or text is None or int(found[1]) % len(text):
+            return
+        count = int(found[1]) // len(text)
+        marked = torch.cat((text.new_ones(len(text), count), torch.zeros_like(text)), dim=1)
+        self.length = marked.shape[1]
+        longer = {name for name, value in inputs.items() if getattr(value, "shape", None) == text.shape}
+        of_places = {name for name in longer if "mask" in name and name != "attention_mask"}
+        yield {
+            **inputs,
+            **{name: marked if name in of_places else self.documented_tensor(name) for name in longer},
+        }
+        self.length = LENGTH
 
     def holders(self, config: Any = None) -> Iterator[Any]:
         """The configuration, then those of its parts, pictures first."""
@@ -132,7 +175,7 @@ class InputMaker:
 
     def image_sides(self) -> tuple[int, ...]:
         for holder in self.holders():
-            side = getattr(holder, "image_size", None)
+            side = next(filter(None, (getattr(holder, name, None) for name in PICTURE_SIDES)), None)
             if side:
                 return (side, side) if isinstance(side, int) else tuple(side)[:2]
         return (32, 32)
@@ -289,6 +332,8 @@ class InputMaker:
         kind, shape = self.documented.get(name, ("", []))
         kind += str(self.parameters[name].annotation)
         sizes = [self._dimension(part, name) for part in shape] or self._guessed_shape(name)
+        if "mask" in name and (len(sizes) > 3 or (len(sizes) == 3 and "Float" in kind)):
+            return torch.ones(sizes)  # a picture
         if "mask" in name:
             return torch.ones(sizes, dtype=torch.bool if "Bool" in kind else torch.long)
         if name in ("spatial_shapes", "target_sizes", "image_sizes"):
@@ -297,7 +342,7 @@ class InputMaker:
         if "token_type" in name:
             return torch.zeros(sizes, dtype=torch.long)
         if name == "position_ids":
-            return torch.arange(sizes[-1]).expand(sizes)
+            return torch.arange(sizes[-1]).repeat(*sizes[:-1], 1)
         if "Long" in kind or "Int" in kind or name.endswith(("ids", "idx")):
             return self.tokens(*sizes)
         return self.normal(*sizes)
@@ -326,13 +371,15 @@ class InputMaker:
         return self.size(part, 4)
 
 
-def _read_where_raised(error: Exception) -> list[str]:
-    """The names on the model's source line that raised: one of them may be an input that is None."""
+def _read_where_raised(error: Exception) -> Iterator[list[str]]:
+    """The names in the model's code that raised, then in its callers: one may be an input that is None."""
     if not isinstance(error, (TypeError, AttributeError)):
-        return []
+        return
     frames = traceback.extract_tb(error.__traceback__)
-    lines = [frame.line or "" for frame in frames if "torch" not in Path(frame.filename).parts]
-    return _WORD.findall(lines[-1]) if lines else []
+    for frame in reversed([frame for frame in frames if "torch" not in Path(frame.filename).parts]):
+        first = frame.lineno or 0
+        lines = range(first, (getattr(frame, "end_lineno", None) or first) + 1)  # Python 3.10 has no end
+        yield _WORD.findall("".join(linecache.getline(frame.filename, line) for line in lines))
 
 
 def _with_expected_sizes(inputs: Inputs, failure: str) -> Iterator[Inputs]:
@@ -348,6 +395,59 @@ def _with_expected_sizes(inputs: Inputs, failure: str) -> Iterator[Inputs]:
             if len(shape) > max(dimension, 1) and shape[dimension] - got in (0, 2 if dimension == -1 else 0):
                 shape[dimension] += expected - got
                 yield {**inputs, name: torch.randn(shape, generator=torch.Generator().manual_seed(1))}
+
+
+def _with_expected_pictures(inputs: Inputs, failure: str) -> Iterator[Inputs]:
+    """With all pictures smaller by as much as the refused one is too large: models put some together."""
+    found = _PICTURE_EXPECTED.search(failure)
+    if found is None:
+        return
+    height, width, right_height, right_width = map(int, found.groups())
+    resized = {}
+    for name, value in inputs.items():
+        if isinstance(value, torch.Tensor) and value.dim() > 3:
+            rows = max(1, value.shape[-2] * right_height // height)
+            columns = max(1, value.shape[-1] * right_width // width)
+            tiled = value.repeat(
+                *[1] * (value.dim() - 2), -(-rows // value.shape[-2]), -(-columns // value.shape[-1])
+            )
+            resized[name] = tiled[..., :rows, :columns].contiguous()
+    yield {**inputs, **resized}
+
+
+def _with_a_multiple(inputs: Inputs, failure: str) -> Iterator[Inputs]:
+    """With the last dimension of a floating point input as long as the next multiple asked for."""
+    found = _MULTIPLE_EXPECTED.search(failure)
+    for name, value in inputs.items() if found else ():
+        floating = isinstance(value, torch.Tensor) and value.is_floating_point()
+        if found and floating and (short := -value.shape[-1] % int(found[1])):
+            yield {**inputs, name: torch.nn.functional.pad(value, (0, short), mode="circular")}
+
+
+def _with_masks_by_picture(inputs: Inputs, failure: str) -> Iterator[Inputs]:
+    """With masks of pictures that have one more dimension: a value for each token and picture."""
+    pictures = inputs.get("pixel_values")
+    if pictures is None or pictures.dim() < 5 or "non-existing dimension" not in failure:
+        return
+    masks = {
+        name: value[..., None].expand(*value.shape, pictures.shape[1])
+        for name, value in inputs.items()
+        if "image" in name and "mask" in name and value.dim() == 2
+    }
+    if masks:
+        yield {**inputs, **masks}
+
+
+def _with_one_sample(inputs: Inputs, failure: str) -> Iterator[Inputs]:
+    """With one sample, where the model has for one what it views as for all."""
+    found = _VIEWED.search(failure)
+    if found is None:
+        return
+    sizes = [int(size) for size in found[1].split(", ")]
+    if sizes[0] == BATCH and math.prod(sizes) == BATCH * int(found[2]):
+        yield {
+            name: value[:1] if isinstance(value, torch.Tensor) else value for name, value in inputs.items()
+        }
 
 
 def _with_codebooks(inputs: Inputs, failure: str) -> Iterator[Inputs]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
 from collections.abc import Callable, Iterator
@@ -82,6 +83,16 @@ def models(config: Any, seed: int) -> Iterator[nn.Module | Exception]:
                 break
 
 
+def runnable(model: nn.Module) -> list[nn.Module]:
+    """The model; where it has no forward, the model run by its encode, else the models in it."""
+    if type(model).forward is not nn.Module.forward:
+        return [model]
+    if hasattr(model, "encode"):
+        model.forward = model.encode  # type: ignore[assignment]
+        return [model]
+    return [part for part in model.children() if hasattr(part, "config")] or [model]
+
+
 def _configurations(config: Any) -> Iterator[Any]:
     """Small ones, the smallest first; the configuration itself; then what can be built in between."""
     original = config.to_dict()
@@ -98,6 +109,8 @@ def _configurations(config: Any) -> Iterator[Any]:
         try:
             return type(config).from_dict(values)
         except Exception as error:
+            with contextlib.suppress(Exception):  # it may name stages that are no more
+                return type(config).from_dict(_sizes.with_features(values, original))
             return error
 
     readings = list(_sizes.readings(original))
@@ -107,6 +120,9 @@ def _configurations(config: Any) -> Iterator[Any]:
     yield config
     filled = _sizes.filled(readings[0])
     yield made(filled)
+    every = _sizes.with_features(readings[0], original, every=True)
+    if every != readings[0]:
+        yield made(every)
     yield made(_sizes.with_rope_by_layer_type(filled))
     if builds(original):
         for small in (readings[-2], filled):
@@ -114,13 +130,18 @@ def _configurations(config: Any) -> Iterator[Any]:
 
 
 def _given(config: Any) -> dict[str, Any]:
-    """The configuration's values without those that it derives from others: None unless they are given."""
+    """The configuration's values without those that it derives: no fields, or None unless given."""
     values = config.to_dict()
-    for field in dataclasses.fields(config) if dataclasses.is_dataclass(config) else ():
+    depths = {value for name, value in values.items() if name in _sizes.LAYERS}
+    fields = dataclasses.fields(config) if dataclasses.is_dataclass(config) else ()
+    if fields:
+        named = {"model_type", *(field.name for field in fields)}
+        values = {name: value for name, value in values.items() if name in named}
+    for field in fields:
         held = vars(config).get(field.name)
         if hasattr(held, "to_dict"):
             values[field.name] = _given(held)
-        elif field.default is None:
+        elif field.default is None and not (isinstance(held, list) and len(held) in depths):
             values.pop(field.name, None)
     return values
 
@@ -144,6 +165,8 @@ def _parameters(make: Callable[[Any], nn.Module], config: Any, fields: int = _FI
     except AttributeError as error:
         name = error.name or ""
         value = _sizes.usual(name)
+        if value is None:
+            value = next((vars(part)[name] for part in _tree(config) if name in vars(part)), None)
         lacking = [part for part in _tree(config) if type(part) is type(error.obj)]
         if value is None or not lacking or not fields:
             raise

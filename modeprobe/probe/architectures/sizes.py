@@ -44,9 +44,10 @@ _SHALLOW = {
     "experts": 4,
     **dict.fromkeys("num_experts_per_tok num_experts_per_token top_k_experts moe_k moe_topk".split(), 2),  # noqa: SIM905
     "num_blocks": 1,
-    **dict.fromkeys(("vocab_size", "n_words"), 64),
+    **dict.fromkeys(("vocab_size", "vocab", "n_words"), 64),
     "image_size": 32,
     "patch_size": 8,
+    "num_frames": 8,
     **dict.fromkeys("n_group topk_group num_expert_group n_groups mamba_n_groups".split(), 1),  # noqa: SIM905
     "mm_tokens_per_image": 4,
     "prediction_length": 12,
@@ -65,7 +66,8 @@ PLACEHOLDERS = {"image": 60, "video": 61, "audio": 62}
 _PLACEHOLDER = re.compile(rf"^({'|'.join(PLACEHOLDERS)})_token_(id|index)$")
 _HEAD_SIZES = frozenset({"head_dim", "d_kv", "num_key_value_heads", "qk_rope_head_dim", "rotary_dim"})
 _PROPORTIONAL = frozenset({"attention_hidden_size"})  # to hidden_size
-_PICTURE_GRIDS = ("image_size", "image_embedding_size", "feature_sizes")
+PICTURE_SIDES = ("image_size", "img_size", "max_img_size")
+_PICTURE_GRIDS = ("image_size", "img_size", "visual_prompt_size", "image_embedding_size", "feature_sizes")
 _PICTURE_SIZES = frozenset({"image_size", "patch_size"})
 # What follows from other fields, and would contradict them once those are small.
 _DERIVED = frozenset(
@@ -83,6 +85,7 @@ _USUAL = {
     "layer_types": ["full_attention"] * DEPTH,
     "mlp_layer_types": ["dense", "sparse"],
     "initializer_range": 0.02,
+    "vocabulary_map": {"<image>": 60},
     "sliding_window": 8,
     "rope_theta": 10000.0,
 }
@@ -94,12 +97,14 @@ _BACKBONE = {
 }
 _TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id")
 # Names that many parts add a word of their own to.
-_COMMON = re.compile(r"vocab_size|experts$")
+_COMMON = re.compile(r"vocab_size|vocab$|experts$")
 _HEAD_COUNT = re.compile(r"(^|_)(heads|n_head)$")
 _WIDTH = re.compile(
     r"(?<!image)(^|_)((hidden|intermediate|embedding|embed|inner)_(size|dim)s?(_per_stage)?|channel_list"
     r"|output_channels|num_pos_feats|d_model|n_embd|d_ff|ffn_dim|mlp_dim)$"
 )
+# What is as wide as something else where its value says so, by names that few models use.
+_LIKE_WIDTH = re.compile(r"dim|hidden|channels|groups|filters|features|width|(?<!image)(?<!window)_size$")
 _LAYER_INDICES = re.compile(r"(^|_)(indexes|indices|idxs|idx)$")
 
 
@@ -108,7 +113,8 @@ def readings(values: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
     Which sizes belong together is not written in a configuration, so several readings are offered.
     """
-    side, patch = _largest(values, "image_size"), _largest(values, "patch_size")
+    side = next(filter(None, (_largest(values, name) for name in PICTURE_SIDES)), 0)
+    patch = _largest(values, "patch_size")
     fine = _with_pictures(values, side, _SHALLOW["image_size"])
     coarse = _with_pictures(
         values, side, 4 * (patch or 16)
@@ -117,16 +123,20 @@ def readings(values: dict[str, Any]) -> Iterator[dict[str, Any]]:
     yield _shrunk(fine, narrow)
     yield _shrunk(fine, {**narrow, "num_key_value_heads": narrow["num_attention_heads"]})
     yield _shrunk(fine, _without(narrow, _HEAD_SIZES))
+    smallest = _shrunk(fine, narrow)
+    for other in (_alike(smallest, fine, _narrowed(smallest, fine)), with_features(smallest, values)):
+        if other != smallest:
+            yield other
     yield _shrunk(fine, _without(narrow, LAYERS), deep=True)
     yield _shrunk(coarse, _without(narrow, _PICTURE_SIZES))
     shallow = _shrunk(coarse, _without(_SHALLOW, _PICTURE_SIZES))
     factor = _common_factor(shallow, widths_alone=True)
     if factor > 1:
-        yield _divided(shallow, factor, widths_alone=True)
+        yield from _quotients(shallow, factor, widths_alone=True)
     shallow = _shrunk(fine, _SHALLOW)
     factor = _common_factor(shallow, widths_alone=False)
     if factor > 1:
-        yield _divided(shallow, factor, widths_alone=False)
+        yield from _quotients(shallow, factor, widths_alone=False)
     yield shallow
 
 
@@ -209,6 +219,55 @@ def _shrunk_list(name: str, value: list[Any], sizes: dict[str, int], layers: set
     return value
 
 
+def with_features(small: dict[str, Any], values: dict[str, Any], every: bool = False) -> dict[str, Any]:
+    """With a backbone's features from the same stages; where its layers are the stages, from the last.
+
+    every: from all stages.
+    """
+    found = dict(small)
+    for name, value in values.items():
+        if isinstance(value, dict) and isinstance(small.get(name), dict) and "model_type" in value:
+            found[name] = with_features(small[name], value, every)
+    stages, used = values.get("stage_names"), values.get("out_features")
+    if stages and used:
+        layers = next((name for name in LAYERS if values.get(name) == len(stages) - 1), None)
+        left = stages[1 : 1 + small[layers]] if layers else stages[1:]
+        kept = left if every else used if set(used) <= {stages[0], *left} else left[-len(used) :]
+        found["out_features"], found["out_indices"] = kept, [stages.index(stage) for stage in kept]
+    return found
+
+
+def _pairs(small: dict[str, Any], values: dict[str, Any]) -> Iterator[tuple[str, int, int]]:
+    """Whole numbers by name, as they were and as they are."""
+    for name, value in values.items():
+        other = small.get(name)
+        if isinstance(value, dict) and isinstance(other, dict) and "model_type" in value:
+            yield from _pairs(other, value)
+        elif isinstance(value, int) and isinstance(other, int) and not isinstance(value, bool):
+            yield name, value, other
+
+
+def _narrowed(small: dict[str, Any], values: dict[str, Any]) -> dict[int, int]:
+    """What each width became, where all of the same width became the same."""
+    became: dict[int, set[int]] = {}
+    for name, value, other in _pairs(small, values):
+        if name in _HIDDEN and other < value:
+            became.setdefault(value, set()).add(other)
+    return {value: others.pop() for value, others in became.items() if len(others) == 1}
+
+
+def _alike(small: dict[str, Any], values: dict[str, Any], became: dict[int, int]) -> dict[str, Any]:
+    """With what was as wide as a hidden size, and has another name, still as wide."""
+    found = dict(small)
+    for name, value in values.items():
+        other = small.get(name)
+        if isinstance(value, dict) and isinstance(other, dict) and "model_type" in value:
+            found[name] = _alike(other, value, became)
+        elif isinstance(value, int) and other == value and _LIKE_WIDTH.search(name):
+            found[name] = became.get(value, value)
+    return found
+
+
 def _rotary_sections(rope: dict[str, Any], sizes: dict[str, int]) -> list[int]:
     """Shares of the rotated half of a head for time, height and width."""
     head = sizes["hidden_size"] // sizes["num_attention_heads"]
@@ -236,7 +295,7 @@ def _with_pictures(values: dict[str, Any], side: int, small: int) -> dict[str, A
     for name, value in values.items():
         if isinstance(value, dict) and "model_type" in value:
             found[name] = _with_pictures(value, side, small)
-        elif name == "image_size" and isinstance(value, int):
+        elif name.endswith("image_size") and isinstance(value, int):
             found[name] = min(value, small)
         elif name.endswith(_PICTURE_GRIDS) and isinstance(value, (int, list)) and side > small:
             found[name] = scaled(value)
@@ -266,6 +325,16 @@ def _common_factor(values: dict[str, Any], widths_alone: bool) -> int:
         return 1
     common = math.gcd(*widths) if widths_alone else math.gcd(*heads, *widths)
     return max(n for n in range(1, common + 1) if common % n == 0 and (n == 1 or min(divided) // n >= remain))
+
+
+def _quotients(values: dict[str, Any], factor: int, widths_alone: bool) -> Iterator[dict[str, Any]]:
+    """With all widths divided; then also with what has another name and is as wide."""
+    divided = _divided(values, factor, widths_alone)
+    yield divided
+    widths = {value: value // factor for name, value in _numbers(values) if _WIDTH.search(name)}
+    alike = _alike(divided, values, widths)
+    if alike != divided:
+        yield alike
 
 
 def _divided(values: dict[str, Any], factor: int, widths_alone: bool) -> dict[str, Any]:
