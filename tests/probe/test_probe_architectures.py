@@ -7,7 +7,16 @@ from torch import nn
 pytestmark = pytest.mark.rung("reference")
 transformers = pytest.importorskip("transformers", reason="pip install 'modeprobe[probe]'")
 
-from modeprobe.probe.architectures import build, fitting, models, parts, processors, sizes  # noqa: E402
+from modeprobe.probe import architectures  # noqa: E402
+from modeprobe.probe.architectures import (  # noqa: E402
+    build,
+    fitting,
+    models,
+    parts,
+    processors,
+    repairs,
+    sizes,
+)
 
 
 class Part(transformers.PreTrainedConfig):
@@ -101,6 +110,15 @@ def test_fields_that_a_configuration_lacks_are_added():
     assert models._parameters(Model, config) == 3 * 2 + 2
     assert config.part_config.num_key_value_heads == 2
 
+    class Reader(Model):
+        def __init__(self, config):
+            super().__init__(config)
+            self.shared = nn.Parameter(torch.zeros(config.part_config.of_the_whole))
+
+    config.of_the_whole = 7
+    assert models._parameters(Reader, config) == 3 * 2 + 2 + 7
+    assert config.part_config.of_the_whole == 7
+
     class Odd(Model):
         def __init__(self, config):
             super().__init__(config)
@@ -147,3 +165,128 @@ def test_a_width_that_follows_the_hidden_size_keeps_its_ratio(factor):
     wide = {"hidden_size": 4096, "attention_hidden_size": 4096 * factor}
     small = next(sizes.readings(wide))
     assert small["attention_hidden_size"] == factor * small["hidden_size"] < 4096
+
+
+@pytest.mark.parametrize(
+    ("depth", "used", "every", "kept"),
+    [
+        ({"num_hidden_layers": 4}, ["stage4"], False, ["stage2"]),
+        ({"num_hidden_layers": 4}, ["stage1", "stage3", "stage4"], False, ["stage1", "stage2"]),
+        ({"num_hidden_layers": 4}, ["stage1"], False, ["stage1"]),
+        ({"depths": [2, 2, 6, 2]}, ["stage2", "stage4"], False, ["stage2", "stage4"]),
+        ({"depths": [2, 2, 6, 2]}, ["stage4"], True, ["stage1", "stage2", "stage3", "stage4"]),
+    ],
+)
+def test_features_come_from_stages_that_are_left(depth, used, every, kept):
+    stages = ["stem", "stage1", "stage2", "stage3", "stage4"]
+    backbone = {"model_type": "part", "stage_names": stages, "out_features": used, **depth}
+    values = {"model_type": "whole", "backbone_config": backbone}
+    small = next(sizes.readings(values))
+    found = sizes.with_features(small, values, every)["backbone_config"]
+    assert found["out_features"] == kept
+    assert [stages[index] for index in found["out_indices"]] == kept
+
+
+def test_what_is_as_wide_as_a_part_stays_as_wide():
+    encoder = {"model_type": "part", "hidden_size": 768, "num_attention_heads": 12}
+    decoder = {"model_type": "part", "hidden_size": 256, "num_attention_heads": 8, "vit_dim": 768}
+    values = {"model_type": "whole", "encoder": encoder, "decoder": decoder, "window_size": 768}
+    found = list(sizes.readings(values))
+    assert found[0]["decoder"]["vit_dim"] == 768
+    like = [made for made in found if made["decoder"]["vit_dim"] == made["encoder"]["hidden_size"] < 768]
+    assert {32, 192} <= {made["encoder"]["hidden_size"] for made in like}
+    assert all(made["window_size"] == 768 for made in like)
+
+
+def test_what_a_configuration_derives_is_derived_again():
+    given = models._given(transformers.AutoConfig.for_model("zamba2"))
+    assert "mamba_headdim" not in given  # from the hidden size
+    assert len(given["layers_block_type"]) == given["num_hidden_layers"]
+
+
+def shapes(inputs):
+    return {name: tuple(value.shape) for name, value in inputs.items()}
+
+
+@pytest.mark.parametrize(
+    ("failure", "given", "expected"),
+    [
+        (
+            "Input image size (64*16) doesn't match model (32*16).",
+            {"pixel_values": (2, 3, 32, 16), "masks": (2, 1, 32, 16), "ids": (2, 9)},
+            {"pixel_values": (2, 3, 16, 16), "masks": (2, 1, 16, 16), "ids": (2, 9)},
+        ),
+        ("length 50 is not a multiple of 16", {"input_values": (2, 50)}, {"input_values": (2, 64)}),
+        (
+            "shape '[2, 1, 3]' is invalid for input of size 3",
+            {"pixel_values": (2, 3, 4, 4)},
+            {"pixel_values": (1, 3, 4, 4)},
+        ),
+        (
+            "The expanded size isn't allowed in a leading, non-existing dimension 0",
+            {"pixel_values": (2, 4, 3, 8, 8), "image_attention_mask": (2, 9), "attention_mask": (2, 9)},
+            {"pixel_values": (2, 4, 3, 8, 8), "image_attention_mask": (2, 9, 4), "attention_mask": (2, 9)},
+        ),
+    ],
+)
+def test_inputs_get_the_sizes_that_were_asked_for(failure, given, expected):
+    inputs = {name: torch.ones(shape) for name, shape in given.items()}
+    assert [shapes(found) for found in repairs.resized(inputs, failure)] == [expected]
+    assert list(
+        repairs.resized(inputs, failure.replace("multiple", "part").replace("size", "kind"))
+    ) == [] or ("dimension" in failure)
+
+
+def test_names_are_read_in_the_callers_too():
+    def inner(features, mask):
+        return features[mask.to(torch.bool)]
+
+    def forward(features, mask_of_places=None):
+        return inner(
+            features,
+            mask=mask_of_places,
+        )
+
+    with pytest.raises(AttributeError) as raised:
+        forward(torch.ones(2))
+    named = list(repairs.read_where_raised(raised.value))
+    assert "mask_of_places" not in named[0]
+    assert any("mask_of_places" in names for names in named[1:])
+
+
+def test_a_text_gets_a_place_for_each_feature_of_its_picture(single_thread):
+    model, inputs = build("kosmos-2")
+    places = model.config.latent_query_num
+    assert inputs["image_embeds_position_mask"].sum(dim=1).tolist() == [places] * 2
+    assert inputs["input_ids"].shape == inputs["image_embeds_position_mask"].shape
+
+
+def test_a_model_without_a_forward_is_run_by_its_encode_or_its_parts():
+    class Codec(nn.Module):
+        def encode(self, x):
+            return x + 1
+
+    [codec] = models.runnable(Codec())
+    assert codec(torch.zeros(1)).item() == 1
+
+    class Several(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.head = Adding(Part()), nn.Linear(1, 1)
+
+    several = Several()
+    assert models.runnable(several) == [several.first]
+    assert models.runnable(several.first) == [several.first]
+
+
+def test_the_processor_of_a_part_is_that_of_its_whole():
+    mapping = {"vl": "OfTheWhole", "vl_text_model": None}
+    assert processors._of_type_or_whole(mapping, "vl") == "OfTheWhole"
+    assert processors._of_type_or_whole(mapping, "vl_text_model") == "OfTheWhole"
+    assert processors._of_type_or_whole(mapping, "vlm_text_model") is None
+
+
+def test_the_search_ends_after_a_while(monkeypatch):
+    monkeypatch.setattr(architectures, "_SECONDS", -1)
+    with pytest.raises(architectures.ArchitectureError, match="nothing more was tried"):
+        build("bert")

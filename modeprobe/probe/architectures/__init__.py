@@ -91,7 +91,8 @@ class _Tried:
             if self.ran
             else "could not be built from its configuration"
         )
-        reasons = "\n  ".join([*list(dict.fromkeys(self.reasons))[:4], *self.wholes])
+        late = [f"nothing more was tried after {_SECONDS} s of the processor's time"] * self.long_enough()
+        reasons = "\n  ".join([*list(dict.fromkeys(self.reasons))[:4], *self.wholes, *late])
         return (
             f"a tiny {self.model_type} {what}:\n  {reasons}\n"
             "Probe it by package.module:factory and --input instead, "

@@ -182,6 +182,14 @@ def _tree(config: Any) -> Iterator[Any]:
             yield from _tree(value)
 
 
+def _mapped(mapping: Any, config: Any) -> Any:
+    """The class or classes for this configuration, or None; also where the class named does not exist."""
+    try:
+        return mapping.get(type(config), None)
+    except ValueError:
+        return None
+
+
 def _constructors(config: Any) -> Iterator[Callable[[Any], nn.Module]]:
     import transformers
     from transformers.models.auto import modeling_auto
@@ -192,14 +200,15 @@ def _constructors(config: Any) -> Iterator[Callable[[Any], nn.Module]]:
     found = []
     for name in names:
         auto = getattr(transformers, name)
-        if type(config) in auto._model_mapping:
-            found.append(auto._model_mapping[type(config)])
+        kind = _mapped(auto._model_mapping, config)
+        if kind:
+            found.append(kind)
             yield auto.from_config
     for name, mapping in vars(modeling_auto).items():
-        if name.startswith("MODEL_FOR") and name.endswith("_MAPPING") and type(config) in mapping:
-            kind = mapping[type(config)]
+        if name.startswith("MODEL_FOR") and name.endswith("_MAPPING"):
+            kind = _mapped(mapping, config)
             kind = kind[0] if isinstance(kind, tuple) else kind
-            if kind not in found:
+            if kind and kind not in found:
                 found.append(kind)
                 yield kind
                 if len(found) > _CLASSES:

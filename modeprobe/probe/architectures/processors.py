@@ -25,7 +25,7 @@ def processed(
     from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
 
     generator = torch.Generator().manual_seed(1)
-    of_pictures = IMAGE_PROCESSOR_MAPPING_NAMES.get(model_type) or {}
+    of_pictures = _of_type_or_whole(IMAGE_PROCESSOR_MAPPING_NAMES, model_type) or {}
     names = of_pictures.values() if isinstance(of_pictures, dict) else of_pictures
     for name in filter(None, names):
         try:
@@ -36,7 +36,7 @@ def processed(
             break
         except Exception:
             continue
-    of_sounds = FEATURE_EXTRACTOR_MAPPING_NAMES.get(model_type)
+    of_sounds = _of_type_or_whole(FEATURE_EXTRACTOR_MAPPING_NAMES, model_type)
     if of_sounds:
         try:
             processor = getattr(transformers, of_sounds)()
@@ -46,6 +46,13 @@ def processed(
             )
         except Exception:
             return
+
+
+def _of_type_or_whole(mapping: Any, model_type: str) -> Any:
+    """What is mapped to this type, or to the type that its name says it is a part of."""
+    words = model_type.split("_")
+    names = ("_".join(words[:count]) for count in range(len(words), 0, -1))
+    return next((mapping[name] for name in names if mapping.get(name)), None)
 
 
 def _settings(kind: Any, size: Callable[[str, int], int], sides: tuple[int, ...]) -> dict[str, Any]:

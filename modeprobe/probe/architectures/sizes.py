@@ -85,7 +85,8 @@ _USUAL = {
     "layer_types": ["full_attention"] * DEPTH,
     "mlp_layer_types": ["dense", "sparse"],
     "initializer_range": 0.02,
-    "vocabulary_map": {"<image>": 60},
+    "vocabulary_map": {"<image>": 60, "IMGIMGAZ": 59},
+    "clip_qkv": 8.0,
     "sliding_window": 8,
     "rope_theta": 10000.0,
 }
