@@ -57,6 +57,26 @@ def test_a_part_gets_what_its_whole_passes_to_it():
     assert not holder.inner._forward_pre_hooks
 
 
+def test_a_part_built_from_the_configuration_of_its_whole_is_the_slot_of_its_name():
+    class Prompt(nn.Module):
+        def forward(self, points, boxes, labels=None):
+            return points
+
+    class Holder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.config, self.part = Whole(), Prompt()
+
+        def forward(self, x):
+            return self.part(x, None)
+
+    [(part, arguments)] = parts.recorded(holder := Holder(), {"x": torch.ones(2)}, Part)
+    assert part is holder.part
+    assert arguments["boxes"] is None
+    assert "labels" not in arguments
+    assert list(parts.recorded(holder, {"x": None}, Part)) == []  # it got nothing
+
+
 def test_a_whole_is_found_beside_its_part(monkeypatch):
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 

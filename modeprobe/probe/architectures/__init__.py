@@ -72,10 +72,10 @@ def _first(running: Iterator[Found]) -> Found | None:
 class _Tried:
     """Why a model type could not be built, or did not run on the inputs tried."""
 
-    def __init__(self, model_type: str) -> None:
+    def __init__(self, model_type: str, until: float | None = None) -> None:
         self.model_type = model_type
         self.ran = False
-        self.until = time.process_time() + _SECONDS
+        self.until = until or time.process_time() + _SECONDS
         self.instead = ""
         self.reasons: list[str] = []
         self.wholes: list[str] = []
@@ -133,7 +133,7 @@ def _as_part(model_type: str, seed: int, tried: _Tried) -> Iterator[Found]:
     kind = CONFIG_MAPPING[model_type]
     for whole in _parts.wholes(kind):
         ran = False
-        running = _running(whole, seed, _Tried(whole), complete=True)
+        running = _running(whole, seed, _Tried(whole, tried.until + _SECONDS / 2), complete=True)
         sizes = itertools.groupby(running, key=lambda found: id(found[0]))
         for _, same in itertools.islice(sizes, _SIZES):
             for model, inputs in itertools.islice(same, _RUNS):

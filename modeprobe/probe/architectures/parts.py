@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 
 def wholes(kind: type) -> Iterator[str]:
@@ -40,13 +41,17 @@ def recorded(
     calls: list[tuple[nn.Module, dict[str, Any]]] = []
 
     def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        bound = inspect.signature(module.forward).bind(*args, **kwargs)
-        calls.append((module, _named(bound)))
+        arguments = _named(inspect.signature(module.forward).bind(*args, **kwargs))
+        if any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(arguments)):
+            calls.append((module, arguments))
 
+    slots = getattr(getattr(whole, "config", None), "sub_configs", None) or {}
+    names = {name.removesuffix("_config") for name, held in slots.items() if held is kind}
+    # Some parts are built from the configuration of the whole, and are called as the slot of their own.
     hooks = [
         module.register_forward_pre_hook(record, with_kwargs=True)
-        for module in whole.modules()
-        if module is not whole and _stands_for(module, kind)
+        for name, module in whole.named_modules()
+        if module is not whole and (_stands_for(module, kind) or name.rpartition(".")[2] in names)
     ]
     try:
         with torch.no_grad():
@@ -54,7 +59,8 @@ def recorded(
     finally:
         for hook in hooks:
             hook.remove()
-    yield from sorted(calls, key=lambda call: -sum(p.numel() for p in call[0].parameters()))
+    calls.sort(key=lambda call: -sum(p.numel() for p in call[0].parameters()))
+    yield from sorted(calls, key=lambda call: not _stands_for(call[0], kind))
 
 
 def _stands_for(module: nn.Module, kind: type) -> bool:
@@ -68,11 +74,12 @@ def _named(bound: inspect.BoundArguments) -> dict[str, Any]:
     """By keyword, tensors as they were, without what the forward before it left (a cache)."""
     found: dict[str, Any] = {}
     for name, value in bound.arguments.items():
-        if bound.signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD:
-            found.update(value)
-        else:
+        parameter = bound.signature.parameters[name]
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            found.update({key: item for key, item in value.items() if item is not None})
+        elif value is not None or parameter.default is inspect.Parameter.empty:
             found[name] = value
-    return {name: _copied(value) for name, value in found.items() if value is not None and "past" not in name}
+    return {name: _copied(value) for name, value in found.items() if "past" not in name}
 
 
 def _copied(value: Any) -> Any:
