@@ -6,14 +6,13 @@ also one built elsewhere with ``--arch`` and brought along in ``.cache/gpu/libra
 Triton compile is kept there, too. Every step has a time
 limit, a step that fails does not stop the next, and results are written as they come, to
 ``benchmarks/results/<gpu>/`` and, packed, to ``--archive``. Without a GPU the same driver runs its steps on
-the CPU, as a rehearsal. The standard library is all that this file needs.
+the CPU, as a rehearsal. The standard library is all that it needs.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import csv
 import hashlib
 import importlib.util
 import io
@@ -32,6 +31,8 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from . import ncu
 
 ROOT = Path(__file__).resolve().parent.parent
 TOTAL = 525.0  # seconds; what is left after a slow step is what the next one gets
@@ -343,19 +344,6 @@ def bench(session: Session, limit: float) -> Outcome:
     return run(session, "bench", session.python("-m", "modeprobe.benchmarks.plain", *arguments), limit)
 
 
-# ncu's names, and the columns of profile.md.
-METRICS = {
-    "gpu__time_duration.sum": "us",
-    "dram__throughput.avg.pct_of_peak_sustained_elapsed": "DRAM %",
-    "smsp__issue_active.avg.pct_of_peak_sustained_active": "issue slots %",
-    "sm__inst_executed_pipe_alu.avg.pct_of_peak_sustained_active": "ALU %",
-    "sm__warps_active.avg.pct_of_peak_sustained_active": "occupancy %",
-    "launch__registers_per_thread": "registers",
-    "launch__grid_size": "blocks",
-}
-SCALES = {"nsecond": 1e-3, "ns": 1e-3, "usecond": 1.0, "us": 1.0, "msecond": 1e3, "ms": 1e3}
-
-
 def profile(session: Session, limit: float) -> Outcome:
     """What bounds the headline kernels, from the GPU's own counters: one line per kernel, in profile.md."""
     found = [shutil.which("ncu"), shutil.which("ncu", path="/usr/local/cuda/bin")]
@@ -363,35 +351,17 @@ def profile(session: Session, limit: float) -> Outcome:
     tool = next(filter(None, found), None)
     if tool is None:
         return Outcome("profile", "absent", 0.0, "no ncu in the toolkit or on PATH")
-    command = [tool, "--clock-control", "none", "--csv", "--page", "raw", "--metrics", ",".join(METRICS)]
+    command = [tool, "--clock-control", "none", "--csv", "--page", "raw", "--metrics", ",".join(ncu.METRICS)]
     command += ["--kernel-name-base", "mangled", "--kernel-name", "regex:modeprobe"]
     program = session.python("-m", "modeprobe.benchmarks.headline_kernels")
     outcome = run(session, "profile", [*command, *program], limit)
-    lines = profiled((session.results / "profile.log").read_text(errors="replace"))
+    lines = ncu.table((session.results / "profile.log").read_text(errors="replace"))
     if lines:
         (session.results / "profile.md").write_text("\n".join(lines) + "\n")
         outcome.note = f"{len(lines) - 2} kernels in profile.md"
     elif outcome.verdict == "ok":
         outcome.verdict = "failed"  # counters may be closed to this user
     return outcome
-
-
-def profiled(log: str) -> list[str]:
-    """ncu's raw page as a Markdown table, in the order of the launches."""
-    rows = [line for line in log.splitlines() if line.startswith('"')]
-    units: dict[str, str] = {}
-    lines = []
-    for row in csv.DictReader(rows):
-        if not row.get("ID"):
-            units = row
-            continue
-        cells = [re.sub(r"\(.*", "", row["Kernel Name"]).removeprefix("void ").replace("modeprobe::", "")]
-        for name in METRICS:
-            value = float((row.get(name) or "nan").replace(",", ""))
-            cells.append(f"{value * SCALES.get(units.get(name, ''), 1.0):.4g}")
-        lines.append("| " + " | ".join(cells) + " |")
-    header = ["kernel", *METRICS.values()]
-    return ["| " + " | ".join(header) + " |", "|---" * len(header) + "|", *lines] if lines else []
 
 
 class Step(NamedTuple):

@@ -7,7 +7,7 @@ import tarfile
 import time
 
 import pytest
-from modeprobe.benchmarks import gpu
+from modeprobe.benchmarks import gpu, ncu
 
 pytestmark = pytest.mark.rung("reference")
 
@@ -201,7 +201,7 @@ def test_a_library_of_the_same_sources_is_used_again(tmp_path, monkeypatch):
 def test_a_profile_is_a_line_per_kernel():
     """What ncu wrote on an H100, less the columns of the device's attributes."""
     log = (gpu.ROOT / "tests" / "data" / "ncu.csv").read_text()
-    header, _, *lines = gpu.profiled(log)
+    header, _, *lines = ncu.table(log)
     assert header.startswith("| kernel | us | DRAM % |")
     assert lines == [
         "| dropout_forward_kernel<float> | 186.3 | 83.06 | 19.93 | 19.13 | 48.25 | 62 | 528 |",
@@ -210,10 +210,8 @@ def test_a_profile_is_a_line_per_kernel():
         "| 72.1 | 76.18 | 45.35 | 31.95 | 36.03 | 72 | 396 |",
     ]
     in_milliseconds = log.replace('"ns"', '"msecond"').replace('"186,304"', '"1,181.5"')
-    assert gpu.profiled(in_milliseconds)[2].startswith(
-        "| dropout_forward_kernel<float> | 1.182e+06 | 83.06 |"
-    )
-    assert gpu.profiled("==ERROR== ERR_NVGPUCTRPERM") == []
+    assert ncu.table(in_milliseconds)[2].startswith("| dropout_forward_kernel<float> | 1.182e+06 | 83.06 |")
+    assert ncu.table("==ERROR== ERR_NVGPUCTRPERM") == []
 
 
 def test_the_numbers_are_the_targets(tmp_path):
