@@ -9,6 +9,7 @@ transformers = pytest.importorskip("transformers", reason="pip install 'modeprob
 
 from modeprobe.probe import architectures  # noqa: E402
 from modeprobe.probe.architectures import (  # noqa: E402
+    agreement,
     build,
     fitting,
     models,
@@ -17,6 +18,7 @@ from modeprobe.probe.architectures import (  # noqa: E402
     repairs,
     sizes,
 )
+from modeprobe.probe.architectures.inputs import InputMaker  # noqa: E402
 
 
 class Part(transformers.PreTrainedConfig):
@@ -237,6 +239,32 @@ def shapes(inputs):
             {"pixel_values": (2, 3, 16, 16), "masks": (2, 1, 16, 16), "ids": (2, 9)},
         ),
         ("length 50 is not a multiple of 16", {"input_values": (2, 50)}, {"input_values": (2, 64)}),
+        ("to be a multiple of `n * 2` (100), but got 3", {"features": (2, 3)}, {"features": (2, 100)}),
+        (
+            "Expected `tokens` to have shape `(batch_size, 64)`, but got shape `torch.Size([2, 4])`.",
+            {"pixel_values": (2, 3, 8, 8)},
+            {"pixel_values": (2, 3, 32, 32)},
+        ),
+        (
+            "Kernel size: (10). Kernel size can't be greater than actual input size",
+            {"hidden_states": (2, 1, 7)},
+            {"hidden_states": (2, 1, 56)},
+        ),
+        (
+            "Given groups=1, weight of size [16, 5, 1, 1], expected input[1, 2, 12, 32] to have 5 channels",
+            {"hidden_states": (2, 12, 32)},
+            {"hidden_states": (2, 5, 8, 8)},
+        ),
+        (
+            "The size of tensor a (12) must match the size of tensor b (7) at non-singleton dimension 1",
+            {"last_hidden_state": (2, 12, 32)},
+            {"last_hidden_state": (2, 7, 32)},
+        ),
+        (
+            "shape '[2, 4, 25]' is invalid for input of size 24",
+            {"features": (2, 3, 100), "features_mask": (2, 12)},
+            {"features": (2, 3, 100), "features_mask": (2, 100)},
+        ),
         (
             "shape '[2, 1, 3]' is invalid for input of size 3",
             {"pixel_values": (2, 3, 4, 4)},
@@ -253,6 +281,143 @@ def test_inputs_get_the_sizes_that_were_asked_for(failure, given, expected):
     inputs = {name: torch.ones(shape) for name, shape in given.items()}
     assert [shapes(found) for found in repairs.resized(inputs, failure)] == [expected]
     assert list(repairs.resized(inputs, "something else is wrong")) == []
+
+
+@pytest.mark.parametrize(
+    ("failure", "given", "expected"),
+    [
+        ("index 9 is out of bounds for dimension 0 with size 4", [[9, 2], [5, 4]], [[1, 2], [1, 0]]),
+        ("index 1 is out of range", [[9, 2], [5, 4]], [[9], [5]]),
+        (
+            "size of tensor a (2) must match the size of tensor b (3) at non-singleton dimension 1",
+            [[9, 2], [5, 4]],
+            [[[9] * 3, [2] * 3], [[5] * 3, [4] * 3]],
+        ),
+    ],
+)
+def test_integers_get_the_range_and_the_codebooks_that_were_asked_for(failure, given, expected):
+    [found] = repairs.resized({"input_ids": torch.tensor(given)}, failure)
+    assert found["input_ids"].tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("failure", "built", "given"),
+    [
+        ("mat1 and mat2 shapes cannot be multiplied (8x128 and 64x4096)", 64, 128),
+        ("running_mean should contain 2560 elements not 64", 64, 2560),
+        (
+            "weight of size [96, 12, 1, 1], expected input[2, 384] to have 12 channels, but got 384 channels",
+            12,
+            384,
+        ),
+        (
+            "normalized_shape=[32], expected input with shape [*, 32], but got input of size[2, 16, 256]",
+            32,
+            256,
+        ),
+        ("Sizes of tensors must match except in dimension 1. Expected size 896 but got size 32", 896, 32),
+        ("The size of tensor a (8) must match the size of tensor b (32) at non-singleton dimension 3", 32, 8),
+        (
+            "Expected size for first two dimensions of batch2 tensor to be: [14, 32] but got: [14, 40].",
+            40,
+            32,
+        ),
+    ],
+)
+def test_what_was_built_for_and_what_was_given_is_read_from_a_failure(failure, built, given):
+    assert agreement.disagreeing(failure) == [(built, given)]
+    assert agreement.disagreeing(failure.replace(str(given), str(built))) == []
+
+
+def test_a_width_that_disagrees_becomes_the_other():
+    inner = {"model_type": "part", "channels": [8, 64], "hidden_size": 64}
+    values = {"model_type": "whole", "part": inner, "hidden_dim": 8, "vocab_size": 64, "image_size": 8}
+    found = list(agreement.agreeing(values, "shapes cannot be multiplied (2x8 and 64x3)"))
+    alone = [{**inner, "channels": [8, 8]}, {**inner, "hidden_size": 8}]
+    both = {**inner, "channels": [8, 8], "hidden_size": 8}
+    assert [made["part"] for made in found[:3]] == [*alone, both]  # what was built for 64
+    assert {made["hidden_dim"] for made in found[3:]} == {8, 64}  # what was given as 8
+    assert all(made["vocab_size"] == 64 and made["image_size"] == 8 for made in found)
+
+
+class Stage(transformers.PreTrainedConfig):
+    model_type = "modeprobe_test_stage"
+
+    def __init__(self, hidden_dim=4, out_channels=(6, 3), **others):
+        super().__init__(**others)
+        self.hidden_dim, self.out_channels = hidden_dim, out_channels
+
+
+class Disagreeing(transformers.PreTrainedModel):
+    config_class = Stage
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.first = nn.Linear(2, 6)
+        self.norm = nn.LayerNorm(config.hidden_dim)
+        self.last = nn.Linear(config.out_channels[1], 1)
+        self.post_init()
+
+    def forward(self, x):
+        return self.last(self.norm(self.first(x)))
+
+
+def test_a_model_is_built_again_until_its_sizes_agree():
+    model, inputs = Disagreeing(Stage()), {"x": torch.ones(3, 2)}
+    tried = architectures._Tried("stage")
+    tried.refused = [(0, inputs, architectures._failure(model, inputs))]
+    (found, same), *_ = architectures._agreed(model, 0, tried)
+    assert same is inputs
+    assert (found.config.hidden_dim, found.config.out_channels[1]) == (6, 6)
+    assert found(**inputs).shape == (3, 1)
+
+
+def test_an_optional_input_is_added_for_the_part_that_needs_it():
+    class Prompted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.config, self.prompt = Whole(), Adding(Part())
+
+        def forward(self, x, boxes=None):
+            """
+            boxes (`torch.FloatTensor` of shape `(batch_size, 4)`, *optional*):
+                Prompts.
+            """
+            if boxes is not None:
+                self.prompt(boxes, second=boxes, third=x)
+                raise ValueError("what comes after the part")
+            return x
+
+    model = Prompted()
+    tried = architectures._Tried("whole")
+    [(_, more)] = architectures._extended([(model, {"x": torch.ones(1)})], 0, tried)
+    assert more["boxes"].shape == (2, 4)
+    [(part, arguments)] = parts.recorded(model, more, Part)
+    assert part is model.prompt
+    assert arguments["first"].shape == (2, 4)
+
+
+def test_placeholders_that_were_too_many_are_taken_out_before_others_are_put_in():
+    maker = InputMaker(Adding(Part()))
+    text = torch.tensor([[60, 60, 60, 7, 8]] * 2)
+    failure = "Image features and image tokens do not match, tokens: 6, features: 2"
+    first, *_ = maker._with_placeholders({"input_ids": text}, failure)
+    assert first["input_ids"].tolist() == [[60, 7, 8]] * 2
+
+
+def test_hidden_states_stand_in_for_tokens_that_a_model_cannot_embed():
+    class Headless(nn.Module):
+        config = Part()
+
+        def forward(self, input_ids=None, inputs_embeds=None):
+            return inputs_embeds if input_ids is None else self.embed_tokens(input_ids)
+
+    maker = InputMaker(Headless())
+    failure = architectures._failure(maker.model, {"input_ids": maker.tokens(2, 3)})
+    [found] = [
+        made for made in maker.repaired({"input_ids": maker.tokens(2, 3)}, failure) if "input_ids" not in made
+    ]
+    assert found["inputs_embeds"].is_floating_point()
 
 
 def test_names_are_read_in_the_callers_too():

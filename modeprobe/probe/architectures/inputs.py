@@ -29,6 +29,7 @@ _MISSING_PLACEHOLDERS = re.compile(
 _ROWS_FOR_MASK = re.compile(
     r"value tensor of shape \[(\d+).*?\] cannot be broadcast to indexing result of shape"
 )
+_NO_TOKENS = re.compile(r"no attribute 'embed_tokens'|`input_ids` is expected to be `None`")
 _NAMED = re.compile(r"[`'](\w+)[`']")
 _NOT_TRIED = re.compile(r"labels|inputs_embeds|head_mask|past_|encoder_outputs")
 
@@ -66,6 +67,9 @@ class InputMaker:
         yield from self._with_placeholders(inputs, failure)
         yield from self._with_a_place_for_each(inputs, failure)
         yield from resized(inputs, failure)
+        if _NO_TOKENS.search(failure) and "inputs_embeds" in self.parameters:
+            rest = {name: value for name, value in inputs.items() if name != "input_ids"}
+            yield {**rest, "inputs_embeds": self.documented_tensor("inputs_embeds")}
         raised, *callers = list(read_where_raised(error)) or [[]]
         callers = [[name for name in named if not _NOT_TRIED.search(name)] for named in callers]
         tried = {"inputs_embeds"} if "input_ids" in inputs else set()
@@ -78,6 +82,12 @@ class InputMaker:
             if missing:
                 yield {**inputs, **{name: self.documented_tensor(name) for name in missing}}
 
+    def extended(self, inputs: Inputs) -> Iterator[Inputs]:
+        """With an optional input that is documented added: some parts are not called without theirs."""
+        for name in self.documented:
+            if name not in inputs and not _NOT_TRIED.search(name) and self._takes_a_tensor(name):
+                yield {**inputs, name: self.documented_tensor(name)}
+
     def _takes_a_tensor(self, name: str) -> bool:
         parameter = self.parameters.get(name)
         if parameter is None:
@@ -87,12 +97,14 @@ class InputMaker:
     def _with_placeholders(self, inputs: Inputs, failure: str) -> Iterator[Inputs]:
         missing = _MISSING_PLACEHOLDERS.search(failure)
         text = inputs.get("input_ids")
-        if missing is None or text is None:
+        if missing is None or text is None or text.dim() != 2:
             return
+        mark = PLACEHOLDERS[missing[1].lower()]
+        text = text[:, text[0] != mark]  # those that were too few, or too many
         # Some models count elements, most count embeddings.
         for width in (1, self.size("hidden_size", 1)):
             count = -(-int(missing[2]) // (len(text) * width))
-            marks = text.new_full((len(text), count), PLACEHOLDERS[missing[1].lower()])
+            marks = text.new_full((len(text), count), mark)
             found = {**inputs, "input_ids": torch.cat((marks, text), dim=1)}
             if "mm_token_type_ids" in self.parameters:
                 kinds = (torch.ones_like(marks), torch.zeros_like(text))
@@ -307,11 +319,16 @@ class InputMaker:
         if name in ("spatial_shapes", "target_sizes", "image_sizes"):
             unit = 1 if name == "image_sizes" else self.size("patch_size", 1)
             return torch.tensor([[side // unit for side in self.image_sides()]] * BATCH)
+        if "grid" in name:  # of patches, as (time,) height, width
+            rows = [1, 4, 4] if sizes[-1:] == [3] else [4] * sizes[-1]
+            return torch.tensor([rows] * BATCH)
         if "token_type" in name:
             return torch.zeros(sizes, dtype=torch.long)
         if name == "position_ids":
             return torch.arange(sizes[-1]).repeat(*sizes[:-1], 1)
-        if "Long" in kind or "Int" in kind or name.endswith(("ids", "idx")):
+        # Some hidden states are annotated as integers.
+        integer = "Long" in kind or "Int" in kind or name.endswith(("ids", "idx"))
+        if integer and "hidden_state" not in name:
             return self.tokens(*sizes)
         return self.normal(*sizes)
 

@@ -83,6 +83,17 @@ def models(config: Any, seed: int) -> Iterator[nn.Module | Exception]:
                 break
 
 
+def like(model: nn.Module, values: dict[str, Any], seed: int) -> nn.Module | None:
+    """A model of this class with these values in its configuration, if there can be one."""
+    given: Any = model.config
+    try:
+        config = type(given).from_dict(values)
+    except Exception:
+        return None
+    made = _made(type(model), config, seed)
+    return runnable(made)[0] if isinstance(made, nn.Module) else None
+
+
 def runnable(model: nn.Module) -> list[nn.Module]:
     """The model; where it has no forward, the model run by its encode, else the models in it."""
     if type(model).forward is not nn.Module.forward:
@@ -124,9 +135,10 @@ def _configurations(config: Any) -> Iterator[Any]:
     if every != readings[0]:
         yield made(every)
     yield made(_sizes.with_rope_by_layer_type(filled))
-    if builds(original):
+    base = original if builds(original) else _sizes.filled(original)
+    if base is original or builds(base):
         for small in (readings[-2], filled):
-            yield from map(made, fitting(original, small, builds))
+            yield from map(made, fitting(base, small, builds))
 
 
 def _given(config: Any) -> dict[str, Any]:

@@ -5,6 +5,7 @@ What only the whole can give (hidden states, grids, masks of a form of its own) 
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import sys
 from collections.abc import Iterator
@@ -51,16 +52,20 @@ def recorded(
     hooks = [
         module.register_forward_pre_hook(record, with_kwargs=True)
         for name, module in whole.named_modules()
-        if module is not whole and (_stands_for(module, kind) or name.rpartition(".")[2] in names)
+        if module is not whole and (_stands_for(module, kind) or _named_for(name.rpartition(".")[2], names))
     ]
     try:
-        with torch.no_grad():
+        with torch.no_grad(), contextlib.suppress(Exception):  # the part may have been called before
             whole.eval()(**inputs)
     finally:
         for hook in hooks:
             hook.remove()
     calls.sort(key=lambda call: -sum(p.numel() for p in call[0].parameters()))
     yield from sorted(calls, key=lambda call: not _stands_for(call[0], kind))
+
+
+def _named_for(attribute: str, slots: set[str]) -> bool:
+    return any(attribute == slot or attribute.endswith(f"_{slot}") for slot in slots)
 
 
 def _stands_for(module: nn.Module, kind: type) -> bool:

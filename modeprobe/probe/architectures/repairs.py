@@ -16,28 +16,40 @@ BATCH = 2
 
 Inputs = dict[str, Any]
 
+_GOT, _EXPECTED = r"(?P<got>\d+)", r"(?P<expected>\d+)"
 _SIZES_EXPECTED = (
     # got, expected: by a linear layer, a normalisation, a convolution, a sum (either way round)
     (re.compile(r"cannot be multiplied \(\d+x(?P<got>\d+) and (?P<expected>\d+)x\d+\)"), -1),
+    (re.compile(rf"[Ee]xpected size {_GOT} but got size {_EXPECTED}"), 1),
+    (re.compile(rf"batch2 tensor to be: \[\d+, {_GOT}\] but got: \[\d+, {_EXPECTED}\]"), -1),
     (re.compile(r"normalized_shape=\[(?P<expected>\d+)\].*got input of size\[.*?(?P<got>\d+)\]"), -1),
     (re.compile(r"to have (?P<expected>\d+) channels, but got (?P<got>\d+) channels"), 1),
-    (
-        re.compile(
-            r"tensor a \((?P<got>\d+)\) must match .* tensor b \((?P<expected>\d+)\) at .*dimension 2"
-        ),
-        2,
-    ),
-    (
-        re.compile(
-            r"tensor a \((?P<expected>\d+)\) must match .* tensor b \((?P<got>\d+)\) at .*dimension 2"
-        ),
-        2,
+    *(
+        (
+            re.compile(rf"tensor a \({a}\) must match .* tensor b \({b}\) at .*dimension {dimension}"),
+            dimension,
+        )
+        for dimension in (1, 2)
+        for a, b in ((_GOT, _EXPECTED), (_EXPECTED, _GOT))
     ),
 )
 _PICTURE_EXPECTED = re.compile(r"image size \((\d+)\*(\d+)\) doesn't match model \((\d+)\*(\d+)\)")
-_MULTIPLE_EXPECTED = re.compile(r"multiple of `?(\d+)")
+_TOKENS_EXPECTED = re.compile(r"to have shape `?\(batch_size, (\d+)\)`?, but got shape \D*\d+, (\d+)\]")
+_MULTIPLE_EXPECTED = re.compile(r"multiple of (?:`[^`]*` \()?`?(\d+)")
+_TOO_SHORT = re.compile(
+    r"[Kk]ernel size can't be greater than actual input|[Pp]adding size should be less than"
+)
+_PLANE_EXPECTED = re.compile(
+    r"weight of size \[\d+, (?P<channels>\d+), \d+, \d+\], "
+    r"expected input\[1, (?P<got>\d+(?:, \d+)*)\] to have"
+)
+_INDEX_TOO_LARGE = re.compile(r"index (\d+) is out of bounds for dimension \d+ with size (\d+)")
+_INDEX_OUT_OF_LIST = re.compile(r"index (\d+) is out of range")
 _VIEWED = re.compile(r"shape '\[(\d+(?:, \d+)*)\]' is invalid for input of size (\d+)")
 _CODEBOOKS = re.compile(r"shape '\[-1, (\d+), (\d+)\]' is invalid")
+_TOKENS_BY_CODEBOOK = re.compile(
+    r"tensor a \((\d+)\) must match the size of tensor b \((\d+)\) at non-singleton dimension 1"
+)
 _WORD = re.compile(r"\b[a-z]\w+")
 
 
@@ -48,7 +60,10 @@ def resized(inputs: Inputs, failure: str) -> Iterator[Inputs]:
     yield from _with_a_multiple(inputs, failure)
     yield from _with_masks_by_picture(inputs, failure)
     yield from _with_codebooks(inputs, failure)
-    yield from _with_one_sample(inputs, failure)
+    yield from _as_viewed(inputs, failure)
+    yield from _longer(inputs, failure)
+    yield from _with_planes(inputs, failure)
+    yield from _with_indices_in_range(inputs, failure)
 
 
 def read_where_raised(error: Exception) -> Iterator[list[str]]:
@@ -78,11 +93,17 @@ def _with_expected_sizes(inputs: Inputs, failure: str) -> Iterator[Inputs]:
 
 
 def _with_expected_pictures(inputs: Inputs, failure: str) -> Iterator[Inputs]:
-    """With all pictures smaller by as much as the refused one is too large: models put some together."""
-    found = _PICTURE_EXPECTED.search(failure)
-    if found is None:
+    """With all pictures smaller by as much as the refused one is too large: models put some together.
+
+    Or larger by as much as there were too few tokens in them.
+    """
+    if found := _PICTURE_EXPECTED.search(failure):
+        height, width, right_height, right_width = map(int, found.groups())
+    elif found := _TOKENS_EXPECTED.search(failure):
+        right_height, height = (math.isqrt(int(count)) for count in found.groups())
+        right_width, width = right_height, height
+    else:
         return
-    height, width, right_height, right_width = map(int, found.groups())
     resized = {}
     for name, value in inputs.items():
         if isinstance(value, torch.Tensor) and value.dim() > 3:
@@ -101,7 +122,58 @@ def _with_a_multiple(inputs: Inputs, failure: str) -> Iterator[Inputs]:
     for name, value in inputs.items() if found else ():
         floating = isinstance(value, torch.Tensor) and value.is_floating_point()
         if found and floating and (short := -value.shape[-1] % int(found[1])):
-            yield {**inputs, name: torch.nn.functional.pad(value, (0, short), mode="circular")}
+            length = value.shape[-1] + short
+            tiled = value.repeat(*[1] * (value.dim() - 1), -(-length // value.shape[-1]))
+            yield {**inputs, name: tiled[..., :length].contiguous()}
+
+
+def _longer(inputs: Inputs, failure: str) -> Iterator[Inputs]:
+    """With sounds and features eight times as long."""
+    if not _TOO_SHORT.search(failure):
+        return
+    longer = {
+        name: value.repeat(*[1] * (value.dim() - 1), 8)
+        for name, value in inputs.items()
+        if isinstance(value, torch.Tensor) and value.is_floating_point() and value.dim() in (2, 3)
+    }
+    if longer:
+        yield {**inputs, **longer}
+
+
+def _with_planes(inputs: Inputs, failure: str) -> Iterator[Inputs]:
+    """With planes of as many channels as the convolution has, where it took an input for one sample."""
+    found = _PLANE_EXPECTED.search(failure)
+    if found is None:
+        return
+    got = [int(size) for size in found["got"].split(", ")]
+    for name, value in inputs.items():
+        if isinstance(value, torch.Tensor) and list(value.shape) == got:
+            planes = torch.randn(
+                BATCH, int(found["channels"]), 8, 8, generator=torch.Generator().manual_seed(1)
+            )
+            yield {**inputs, name: planes}
+
+
+def _with_indices_in_range(inputs: Inputs, failure: str) -> Iterator[Inputs]:
+    """With integers that were too large modulo the size, or not more tokens than there are parts."""
+    if found := _INDEX_TOO_LARGE.search(failure):
+        index, size = int(found[1]), int(found[2])
+        for name, value in inputs.items():
+            integers = isinstance(value, torch.Tensor) and value.dtype == torch.long
+            if integers and size and bool((value == index).any()):
+                yield {**inputs, name: value % size}
+    elif found := _INDEX_OUT_OF_LIST.search(failure):
+        count = int(found[1])
+        shorter = {
+            name: value[:, :count]
+            for name, value in inputs.items()
+            if isinstance(value, torch.Tensor)
+            and value.dtype == torch.long
+            and value.dim() == 2
+            and value.shape[1] > count > 0
+        }
+        if shorter:
+            yield {**inputs, **shorter}
 
 
 def _with_masks_by_picture(inputs: Inputs, failure: str) -> Iterator[Inputs]:
@@ -118,12 +190,15 @@ def _with_masks_by_picture(inputs: Inputs, failure: str) -> Iterator[Inputs]:
         yield {**inputs, **masks}
 
 
-def _with_one_sample(inputs: Inputs, failure: str) -> Iterator[Inputs]:
-    """With one sample, where the model has for one what it views as for all."""
+def _as_viewed(inputs: Inputs, failure: str) -> Iterator[Inputs]:
+    """With a mask of the length it is viewed at; with one sample, where there is enough for one alone."""
     found = _VIEWED.search(failure)
     if found is None:
         return
     sizes = [int(size) for size in found[1].split(", ")]
+    for name, value in inputs.items():  # a mask of sounds, of another length than they have
+        if "mask" in name and value.numel() == int(found[2]) and sizes[0] == len(value):
+            yield {**inputs, name: value.new_ones(len(value), math.prod(sizes[1:]))}
     if sizes[0] == BATCH and math.prod(sizes) == BATCH * int(found[2]):
         yield {
             name: value[:1] if isinstance(value, torch.Tensor) else value for name, value in inputs.items()
@@ -131,7 +206,11 @@ def _with_one_sample(inputs: Inputs, failure: str) -> Iterator[Inputs]:
 
 
 def _with_codebooks(inputs: Inputs, failure: str) -> Iterator[Inputs]:
-    """With a row of tokens for each codebook."""
+    """With a row of tokens, or a token in the last dimension, for each codebook."""
+    if found := _TOKENS_BY_CODEBOOK.search(failure):
+        tokens = inputs.get("input_ids")
+        if tokens is not None and tokens.shape == (BATCH, int(found[1])):
+            yield {**inputs, "input_ids": tokens[..., None].repeat(1, 1, int(found[2]))}
     found = _CODEBOOKS.search(failure)
     if found is None:
         return

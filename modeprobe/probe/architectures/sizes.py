@@ -30,6 +30,7 @@ _NARROW = {
     "attention_head_dim": 16,
     "d_kv": 8,
     "embed_dim": 16,
+    "base_channels": 32,
     "num_conv_pos_embeddings": 16,
     "num_conv_pos_embedding_groups": 2,
     "qk_rope_head_dim": 8,
@@ -60,6 +61,7 @@ _SHALLOW = {
     "max_source_positions": 48,
     "max_target_positions": 32,
     "num_queries": 4,
+    "num_kv_shared_layers": 0,
 }
 # Ids that stand for pictures and sounds in a text, among the last of the small vocabulary.
 PLACEHOLDERS = {"image": 60, "video": 61, "audio": 62}
@@ -69,6 +71,7 @@ _PROPORTIONAL = frozenset({"attention_hidden_size"})  # to hidden_size
 PICTURE_SIDES = ("image_size", "img_size", "max_img_size")
 _PICTURE_GRIDS = ("image_size", "img_size", "visual_prompt_size", "image_embedding_size", "feature_sizes")
 _PICTURE_SIZES = frozenset({"image_size", "patch_size"})
+_SCALES = {"width_coefficient": 0.25, "depth_coefficient": 0.1}
 # What follows from other fields, and would contradict them once those are small.
 _DERIVED = frozenset(
     """out_features out_indices stage_names _out_features _out_indices attention_layers
@@ -88,7 +91,15 @@ _USUAL = {
     "vocabulary_map": {"<image>": 60, "IMGIMGAZ": 59},
     "clip_qkv": 8.0,
     "sliding_window": 8,
+    "backbone": "resnet18",  # of timm
     "rope_theta": 10000.0,
+    "deepstack_layer_map": [[-1, 0]],
+    "downsample_rate": "1/2",
+    "indexer_n_heads": 4,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": 16,
+    "indexer_budget": 8,
+    "indexer_compress_ratio": 4,
 }
 _BACKBONE = {
     "model_type": "resnet",
@@ -123,7 +134,9 @@ def readings(values: dict[str, Any]) -> Iterator[dict[str, Any]]:
     narrow = {**_SHALLOW, **_NARROW}
     yield _shrunk(fine, narrow)
     yield _shrunk(fine, {**narrow, "num_key_value_heads": narrow["num_attention_heads"]})
+    one_wide_head = {**_without(narrow, _HEAD_SIZES), **dict.fromkeys(_HEADS, 1)}
     yield _shrunk(fine, _without(narrow, _HEAD_SIZES))
+    yield _shrunk(fine, one_wide_head)
     smallest = _shrunk(fine, narrow)
     for other in (_alike(smallest, fine, _narrowed(smallest, fine)), with_features(smallest, values)):
         if other != smallest:
@@ -194,6 +207,8 @@ def _shrunk(values: dict[str, Any], sizes: dict[str, int], deep: bool = False) -
             if name in _PROPORTIONAL and "hidden_size" in sizes and values.get("hidden_size"):
                 size = sizes["hidden_size"] * value // values["hidden_size"]
             shrunk[name] = value if size is None or value < 0 else min(value, size)
+        elif name in _SCALES and "hidden_size" in sizes:
+            shrunk[name] = min(value, _SCALES[name])
         elif value is None and name in _FILLED and name in sizes:
             shrunk[name] = sizes[name]
         elif isinstance(value, list) and not (deep and name not in _TOKENS):
