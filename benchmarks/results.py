@@ -41,6 +41,8 @@ KERNEL_SOURCES = (
     *(f"modeprobe/{part}" for part in ("_extension.py", "mask.py", "ops", "functional", "nn")),
 )
 
+_COMMENT = r"^[[:space:]]*(//|# )"  # a line that is one, of C++ or Python
+
 Results = dict[str, Any]
 
 
@@ -190,12 +192,15 @@ def commit() -> str | None:
 
 
 def older_kernels(measured: str | None) -> bool:
-    """Whether the kernels of this source tree differ from those of a measured commit, as far as git knows."""
+    """Whether the kernels of this source tree differ from those of a measured commit, as far as git knows.
+
+    Lines of comments alone do not count.
+    """
     if measured is None or checkout() is None:
         return False
     if measured.endswith("+"):
         return True  # measured on a tree that no commit holds
-    changed = git("diff", "--name-only", measured, "--", *KERNEL_SOURCES)
+    changed = git("diff", "--numstat", f"-I{_COMMENT}", measured, "--", *KERNEL_SOURCES)
     return changed is None or bool(changed)
 
 

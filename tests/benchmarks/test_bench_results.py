@@ -143,17 +143,26 @@ def test_tables_name_their_runs_and_whether_the_kernels_have_changed_since(monke
     )
 
 
-def test_kernels_of_a_commit_are_compared_with_this_tree(monkeypatch):
-    said = {"same": "", "changed": "csrc/library.cpp", "unknown": None}
-    monkeypatch.setattr(results, "checkout", lambda: "here")
-    monkeypatch.setattr(results, "git", lambda *arguments: said[arguments[2]])
-    assert [results.older_kernels(commit) for commit in ("same", "changed", "unknown", "same+", None)] == [
-        False,
-        True,
-        True,
-        True,
-        False,
-    ]
+def test_kernels_of_a_commit_are_compared_with_this_tree(monkeypatch, tmp_path):
+    monkeypatch.setattr(results, "checkout", lambda: tmp_path)
+    kernel = tmp_path / "csrc" / "kernel.cu"
+    kernel.parent.mkdir()
+    kernel.write_text("// adds\nint f(int x) {\n  return x + 1;\n}\n")
+    (tmp_path / "README.md").write_text("one")
+    identity = ("-c", "user.name=n", "-c", "user.email=e@example.org")
+    for arguments in (("init", "-q"), ("add", "."), (*identity, "commit", "-qm", "first")):
+        assert results.git(*arguments) is not None
+    measured = results.git("rev-parse", "HEAD")
+    assert not results.older_kernels(measured)
+    assert not results.older_kernels(None)
+    assert results.older_kernels(f"{measured}+")
+    assert results.older_kernels("1234567")  # no such commit
+
+    (tmp_path / "README.md").write_text("two")
+    kernel.write_text("// adds one\nint f(int x) {\n  return x + 1;\n}\n")
+    assert not results.older_kernels(measured)
+    kernel.write_text("// adds\nint f(int x) {\n  return x + 2;\n}\n")
+    assert results.older_kernels(measured)
 
 
 TARGET = {

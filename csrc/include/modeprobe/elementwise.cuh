@@ -64,8 +64,8 @@ __device__ __forceinline__ Lanes<1> decide_tile(Key key, const Rate<acc_t<T>>& r
     return decide<1>(key, rate, chunk + lane);
 }
 
-// y = use(position, inputs, keep) for all elements. `use.prepare(position, extra)` may load more for a
-// packet; `use(value, extra, keep)` makes an element. Tensors may be the same: no __restrict__ for that
+// y = use(inputs, extra, keep) for all elements, `inputs` and `extra` being an element's. What else it takes
+// `use.prepare(position, extra)` loads, a packet at once. Tensors may be the same: no __restrict__ for that
 // reason.
 template <typename T, int share, int inputs, typename Use>
 __device__ __forceinline__ void for_elements(const Chunks& chunks, const T* const (&from)[inputs], T* y,
