@@ -16,6 +16,7 @@ from modeprobe.probe.architectures import (  # noqa: E402
     parts,
     processors,
     repairs,
+    search,
     sizes,
 )
 from modeprobe.probe.architectures.inputs import InputMaker  # noqa: E402
@@ -364,9 +365,9 @@ class Disagreeing(transformers.PreTrainedModel):
 
 def test_a_model_is_built_again_until_its_sizes_agree():
     model, inputs = Disagreeing(Stage()), {"x": torch.ones(3, 2)}
-    tried = architectures._Tried("stage")
-    tried.refused = [(0, inputs, architectures._failure(model, inputs))]
-    (found, same), *_ = architectures._agreed(model, 0, tried)
+    refused = [(0, inputs, search._failure(model, inputs))]
+    tried = search._Tried("stage")
+    (found, same), *_ = search._agreed(Disagreeing, model.config, refused, 0, tried)
     assert same is inputs
     assert (found.config.hidden_dim, found.config.out_channels[1]) == (6, 6)
     assert found(**inputs).shape == (3, 1)
@@ -389,8 +390,8 @@ def test_an_optional_input_is_added_for_the_part_that_needs_it():
             return x
 
     model = Prompted()
-    tried = architectures._Tried("whole")
-    [(_, more)] = architectures._extended([(model, {"x": torch.ones(1)})], 0, tried)
+    tried = search._Tried("whole")
+    [(_, more)] = search._extended([(model, {"x": torch.ones(1)})], 0, tried)
     assert more["boxes"].shape == (2, 4)
     [(part, arguments)] = parts.recorded(model, more, Part)
     assert part is model.prompt
@@ -413,7 +414,7 @@ def test_hidden_states_stand_in_for_tokens_that_a_model_cannot_embed():
             return inputs_embeds if input_ids is None else self.embed_tokens(input_ids)
 
     maker = InputMaker(Headless())
-    failure = architectures._failure(maker.model, {"input_ids": maker.tokens(2, 3)})
+    failure = search._failure(maker.model, {"input_ids": maker.tokens(2, 3)})
     [found] = [
         made for made in maker.repaired({"input_ids": maker.tokens(2, 3)}, failure) if "input_ids" not in made
     ]
@@ -470,6 +471,6 @@ def test_the_processor_of_a_part_is_that_of_its_whole():
 
 
 def test_the_search_ends_after_a_while(monkeypatch):
-    monkeypatch.setattr(architectures, "_SECONDS", -1)
+    monkeypatch.setattr(search, "_SECONDS", -1)
     with pytest.raises(architectures.ArchitectureError, match="nothing more was tried"):
         build("bert")

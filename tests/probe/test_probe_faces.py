@@ -350,6 +350,6 @@ def test_types_that_cannot_be_built_say_why(monkeypatch, single_thread):
         (ImportError("natten is missing"), "bert needs a package: ImportError: natten is missing"),
         (KeyError("depths"), "a tiny bert could not be built from its configuration:\n  KeyError: 'depths'"),
     ):
-        monkeypatch.setattr(architectures._models, "_made", lambda *args, raised=raised: raised)
+        monkeypatch.setattr(architectures.models, "_made", lambda *args, raised=raised: raised)
         with pytest.raises(architectures.ArchitectureError, match=re.escape(said)):
             architectures.build("bert")

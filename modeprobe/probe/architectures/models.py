@@ -83,14 +83,13 @@ def models(config: Any, seed: int) -> Iterator[nn.Module | Exception]:
                 break
 
 
-def like(model: nn.Module, values: dict[str, Any], seed: int) -> nn.Module | None:
-    """A model of this class with these values in its configuration, if there can be one."""
-    given: Any = model.config
+def again(kind: type[nn.Module], config: Any, values: dict[str, Any], seed: int) -> nn.Module | None:
+    """A model of this class with these values in a configuration like the one given, if there can be one."""
     try:
-        config = type(given).from_dict(values)
+        changed = type(config).from_dict(values)
     except Exception:
         return None
-    made = _made(type(model), config, seed)
+    made = _made(kind, changed, seed)
     return runnable(made)[0] if isinstance(made, nn.Module) else None
 
 
