@@ -1,4 +1,4 @@
-"""Progress on standard error, once a probe has taken longer than two seconds."""
+"""Progress on standard error, once something has taken longer than two seconds."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Progress:
             self._status = console.status("", spinner="dots")
             self._status.start()
             if not console.is_terminal:
-                console.print("modeprobe: probing, this takes longer than two seconds")
+                console.print(f"modeprobe: {text}; this takes longer than two seconds")
         self._status.update(f"modeprobe: {text}")
 
     def __enter__(self) -> Progress:

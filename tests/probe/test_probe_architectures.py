@@ -474,3 +474,10 @@ def test_the_search_ends_after_a_while(monkeypatch):
     monkeypatch.setattr(search, "_SECONDS", -1)
     with pytest.raises(architectures.ArchitectureError, match="nothing more was tried"):
         build("bert")
+
+
+def test_the_search_shows_what_it_tries(capsys, single_thread):
+    build("bert", progress=True)
+    assert "BertLMHeadModel" in " ".join(capsys.readouterr().err.split())
+    build("bert", progress=False)
+    assert capsys.readouterr().err == ""

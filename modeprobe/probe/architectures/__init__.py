@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from modeprobe.probe.architectures.search import find
+from modeprobe.probe.progress import Progress
 from modeprobe.probe.quiet import quiet
 
 
@@ -24,8 +25,13 @@ def model_types() -> list[str]:
     return sorted(CONFIG_MAPPING_NAMES)
 
 
-def build(model_type: str, seed: int = 0) -> tuple[nn.Module, dict[str, Any]]:
+def build(model_type: str, seed: int = 0, progress: bool | None = None) -> tuple[nn.Module, dict[str, Any]]:
     """A tiny model of this type in train mode, and keyword arguments that it accepts.
+
+    Args:
+        model_type: a name that :func:`model_types` lists.
+        seed: of torch's generator before the weights are drawn.
+        progress: shown on standard error: True at once, False never, None after two seconds.
 
     Raises:
         ArchitectureError: the type is unknown, too large at every size, or needs inputs of another kind.
@@ -37,8 +43,8 @@ def build(model_type: str, seed: int = 0) -> tuple[nn.Module, dict[str, Any]]:
         close = difflib.get_close_matches(model_type, model_types(), 3)
         hint = f"; close: {', '.join(close)}" if close else ""
         raise ArchitectureError(f"unknown model type {model_type!r} in the installed transformers{hint}")
-    with quiet():
-        found = find(model_type, seed)
+    with quiet(), Progress(progress) as show:
+        found = find(model_type, seed, show)
     if isinstance(found, str):
         raise ArchitectureError(found)
     model, inputs = found

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -32,9 +32,9 @@ Found = tuple[nn.Module, dict[str, Any]]
 _Refused = tuple[int, dict[str, Any], Exception]  # repairs that were left, inputs, failure
 
 
-def find(model_type: str, seed: int) -> Found | str:
+def find(model_type: str, seed: int, show: Callable[[str], None]) -> Found | str:
     """The first model that runs in both modes, else the first that runs, with inputs; or what was tried."""
-    tried = _Tried(model_type)
+    tried = _Tried(model_type, show=show)
     found = _first(_running(model_type, seed, tried)) or _first(_as_part(model_type, seed, tried))
     return found or str(tried)
 
@@ -52,8 +52,11 @@ def _first(running: Iterator[Found]) -> Found | None:
 class _Tried:
     """Why a model type could not be built, or did not run on the inputs tried."""
 
-    def __init__(self, model_type: str, until: float | None = None) -> None:
+    def __init__(
+        self, model_type: str, until: float | None = None, show: Callable[[str], None] = lambda text: None
+    ) -> None:
         self.model_type = model_type
+        self.show = show
         self.ran = False
         self.start = time.process_time()
         self.until = until or self.start + _SECONDS
@@ -94,7 +97,6 @@ def _running(model_type: str, seed: int, tried: _Tried, complete: bool = False) 
         tried.instead = f"transformers has no default configuration of {model_type}: {_short(error)}"
         return
     refusing: list[tuple[type[nn.Module], Any, list[_Refused]]] = []
-
     large: list[Found] = []
 
     def enough() -> bool:
@@ -119,7 +121,9 @@ def _running(model_type: str, seed: int, tried: _Tried, complete: bool = False) 
             continue
         if not tried.ran:
             tried.ran, tried.reasons = True, []
-        if _count(model) > _TINY:
+        count = _count(model)
+        tried.show(f"looking for inputs of a {type(model).__name__} with {count:,} parameters")
+        if count > _TINY:
             yield from agreed()
         for runs in _models.runnable(model):
             before, ran = len(tried.reasons), False
@@ -175,7 +179,8 @@ def _as_part(model_type: str, seed: int, tried: _Tried) -> Iterator[Found]:
     kind = CONFIG_MAPPING[model_type]
     for whole in _parts.wholes(kind):
         ran = False
-        running = _running(whole, seed, _Tried(whole, tried.until + _SECONDS / 2), complete=True)
+        within = _Tried(whole, tried.until + _SECONDS / 2, tried.show)
+        running = _running(whole, seed, within, complete=True)
         sizes = itertools.groupby(running, key=lambda found: id(found[0]))
         for _, same in itertools.islice(sizes, _SIZES):
             found = list(itertools.islice(same, _RUNS))
