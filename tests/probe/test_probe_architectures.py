@@ -1,5 +1,7 @@
 """How tiny models of transformers are found: sizes, missing fields, parts of a whole, processors."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -366,8 +368,7 @@ class Disagreeing(transformers.PreTrainedModel):
 def test_a_model_is_built_again_until_its_sizes_agree():
     model, inputs = Disagreeing(Stage()), {"x": torch.ones(3, 2)}
     refused = [(0, inputs, search._failure(model, inputs))]
-    tried = search._Tried("stage")
-    (found, same), *_ = search._agreed(Disagreeing, model.config, refused, 0, tried)
+    (found, same), *_ = search._agreed(Disagreeing, model.config, refused, 0, math.inf)
     assert same is inputs
     assert (found.config.hidden_dim, found.config.out_channels[1]) == (6, 6)
     assert found(**inputs).shape == (3, 1)
@@ -390,8 +391,7 @@ def test_an_optional_input_is_added_for_the_part_that_needs_it():
             return x
 
     model = Prompted()
-    tried = search._Tried("whole")
-    [(_, more)] = search._extended([(model, {"x": torch.ones(1)})], 0, tried)
+    [(_, more)] = search._extended([(model, {"x": torch.ones(1)})], 0)
     assert more["boxes"].shape == (2, 4)
     [(part, arguments)] = parts.recorded(model, more, Part)
     assert part is model.prompt

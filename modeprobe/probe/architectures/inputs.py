@@ -16,7 +16,6 @@ from modeprobe.probe.architectures.sizes import PICTURE_SIDES, PLACEHOLDERS
 
 LENGTH = 12
 DECODER_LENGTH = 8
-_LARGE = 500_000
 AUDIO_LENGTH = 96  # with many powers of two, for what is subsampled
 
 Inputs = dict[str, Any]
@@ -33,11 +32,6 @@ _ROWS_FOR_MASK = re.compile(
 _NO_TOKENS = re.compile(r"no attribute 'embed_tokens'|`input_ids` is expected to be `None`")
 _NAMED = re.compile(r"[`'](\w+)[`']")
 _NOT_TRIED = re.compile(r"labels|inputs_embeds|head_mask|past_|encoder_outputs")
-
-
-def _is_large(inputs: Inputs) -> bool:
-    """Whether a small model would take long: some processors know no small pictures."""
-    return any(isinstance(value, torch.Tensor) and value.numel() > _LARGE for value in inputs.values())
 
 
 class InputMaker:
@@ -63,11 +57,9 @@ class InputMaker:
     def candidates(self) -> Iterator[Inputs]:
         text = self._text()
         yield from self._with_media(text)
-        processed = list(self._by_processor())
-        yield from (made for made in processed if not _is_large(made))
+        yield from self._by_processor()
         yield from self._text_alone(text)
         yield from self._by_documentation()
-        yield from (made for made in processed if _is_large(made))
 
     def repaired(self, inputs: Inputs, error: Exception) -> Iterator[Inputs]:
         """With the inputs, the placeholders in the text, or the sizes that the failure says are missing."""

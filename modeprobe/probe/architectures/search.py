@@ -17,9 +17,10 @@ from modeprobe.probe.architectures.agreement import agreeing, disagreeing
 from modeprobe.probe.architectures.inputs import InputMaker
 
 _SECONDS = 60  # of the processor's time, after which nothing else is tried
-_SLICE = 12  # of them for a model's inputs, and for the models in which its sizes agree
+_SLICE = 12  # of them for the models in which the sizes of one that failed agree
+_GLANCE = 2  # of them for the latter, before a model is run that is not tiny
 _PATIENCE = 20  # of them for a tiny model, where there is a larger one
-_SLOW = 2  # of them for a failure, after which no inputs of that size are tried
+_SLOW = 2  # of them for a failure, after which no larger inputs are tried
 _TINY = (
     4_000_000  # parameters; before more are run, the sizes of smaller models that failed are made to agree
 )
@@ -98,20 +99,23 @@ def _running(model_type: str, seed: int, tried: _Tried, complete: bool = False) 
         return
     refusing: list[tuple[type[nn.Module], Any, list[_Refused]]] = []
     large: list[Found] = []
+    hurried = 0
 
     def enough() -> bool:
         return tried.long_enough() or (bool(large) and tried.seconds() > _PATIENCE)
 
-    def agreed() -> Iterator[Found]:
-        while refusing and not enough():
-            for found in _agreed(*refusing.pop(0), seed, tried):
+    def agreed(entries: list[tuple[type[nn.Module], Any, list[_Refused]]], seconds: float) -> Iterator[Found]:
+        for entry in entries:
+            if enough():
+                return
+            for found in _agreed(*entry, seed, time.process_time() + seconds):
                 if _count(found[0]) <= _TINY:
                     yield found
                 elif len(large) < _RUNS:
                     large.append(found)
 
     for model in _models.models(config, seed):
-        if enough():
+        if enough() or (refusing and tried.seconds() > _SECONDS - 2 * _SLICE):
             break
         if isinstance(model, ImportError) and not str(model.name).startswith("transformers."):
             tried.instead = f"{model_type} needs a package: {_short(model)}"
@@ -124,7 +128,8 @@ def _running(model_type: str, seed: int, tried: _Tried, complete: bool = False) 
         count = _count(model)
         tried.show(f"looking for inputs of a {type(model).__name__} with {count:,} parameters")
         if count > _TINY:
-            yield from agreed()
+            yield from agreed(refusing[hurried:], _GLANCE)
+            hurried = len(refusing)
         for runs in _models.runnable(model):
             before, ran = len(tried.reasons), False
             tried.refused = []
@@ -135,7 +140,7 @@ def _running(model_type: str, seed: int, tried: _Tried, complete: bool = False) 
                 tried.reasons.append(f"{type(runs).__name__}.forward() does not say what it takes")
             if not ran and runs is model and tried.refused:
                 refusing.append((type(model), model.config, tried.refused))
-    yield from agreed()
+    yield from agreed(refusing, _SLICE)
     yield from large
 
 
@@ -144,15 +149,14 @@ def _count(model: nn.Module) -> int:
 
 
 def _agreed(
-    kind: type[nn.Module], config: Any, refused: list[_Refused], seed: int, tried: _Tried
+    kind: type[nn.Module], config: Any, refused: list[_Refused], seed: int, until: float
 ) -> Iterator[Found]:
     """Models like the one that failed, in which the sizes agree that the failures name, with its inputs."""
     seen: set[str] = set()
-    until = time.process_time() + _SLICE
 
     def attempt(config: Any, inputs: dict[str, Any], failure: Exception) -> Iterator[Found]:
         for values in agreeing(config.to_dict(), str(failure)):
-            if repr(values) in seen or time.process_time() > until or tried.long_enough():
+            if repr(values) in seen or time.process_time() > until:
                 continue
             seen.add(repr(values))
             model: Any = _models.again(kind, config, values, seed)
@@ -185,34 +189,34 @@ def _as_part(model_type: str, seed: int, tried: _Tried) -> Iterator[Found]:
         for _, same in itertools.islice(sizes, _SIZES):
             found = list(itertools.islice(same, _RUNS))
             ran = ran or bool(found)
-            for model, inputs in itertools.chain(found, _extended(found[:2], seed, tried)):
+            for model, inputs in itertools.chain(found, _extended(found[:2], seed)):
                 for part, arguments in _parts.recorded(model, inputs, kind):
                     if _failure(part, arguments) is None:
                         yield part, arguments
         tried.wholes.append(f"{whole}, which holds it, {'runs without it' if ran else 'does not run either'}")
 
 
-def _extended(found: list[Found], seed: int, tried: _Tried) -> Iterator[Found]:
+def _extended(found: list[Found], seed: int) -> Iterator[Found]:
     """With one more input each, also where the model then fails after the part that it is for."""
     for model, inputs in found:
         for more in InputMaker(model).extended(inputs):
             yield model, more
             failure = _failure(model, more)
             if failure is not None:
-                yield from _agreed(type(model), model.config, [(0, more, failure)], seed, tried)
+                until = time.process_time() + _SLICE / 4
+                yield from _agreed(type(model), model.config, [(0, more, failure)], seed, until)
 
 
 def _accepted(model: nn.Module, tried: _Tried) -> Iterator[dict[str, Any]]:
     """The inputs that the model runs on; why it did not run on the others is added to the reasons."""
     maker = InputMaker(model)
     seen = set()
-    until = time.process_time() + _SLICE
 
     def attempt(inputs: dict[str, Any], repairs: int) -> Iterator[dict[str, Any]]:
         kinds = frozenset((name, *_kind(value)) for name, value in inputs.items())
         size = sum(value.numel() for value in inputs.values() if isinstance(value, torch.Tensor))
         start = time.process_time()
-        if kinds in seen or size >= tried.slow or tried.long_enough() or start > until:
+        if kinds in seen or size > tried.slow or tried.long_enough():
             return
         seen.add(kinds)
         failure = _failure(model, inputs)
