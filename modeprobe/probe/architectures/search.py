@@ -18,7 +18,7 @@ from modeprobe.probe.architectures.inputs import InputMaker
 
 _SECONDS = 60  # of the processor's time, after which nothing else is tried
 _SLICE = 12  # of them for the models in which the sizes of one that failed agree
-_GLANCE = 2  # of them for the latter, before a model is run that is not tiny
+_GLANCE = 1  # of them for the latter, before a model is run that is not tiny
 _PATIENCE = 20  # of them for a tiny model, where there is a larger one
 _SLOW = 2  # of them for a failure, after which no larger inputs are tried
 _TINY = (
@@ -187,13 +187,20 @@ def _as_part(model_type: str, seed: int, tried: _Tried) -> Iterator[Found]:
         running = _running(whole, seed, within, complete=True)
         sizes = itertools.groupby(running, key=lambda found: id(found[0]))
         for _, same in itertools.islice(sizes, _SIZES):
-            found = list(itertools.islice(same, _RUNS))
-            ran = ran or bool(found)
-            for model, inputs in itertools.chain(found, _extended(found[:2], seed)):
-                for part, arguments in _parts.recorded(model, inputs, kind):
-                    if _failure(part, arguments) is None:
-                        yield part, arguments
+            found: list[Found] = []
+            for model, inputs in itertools.islice(same, _RUNS):
+                ran = True
+                found.append((model, inputs))
+                yield from _part(model, inputs, kind)
+            for model, inputs in _extended(found[:2], seed):
+                yield from _part(model, inputs, kind)
         tried.wholes.append(f"{whole}, which holds it, {'runs without it' if ran else 'does not run either'}")
+
+
+def _part(whole: nn.Module, inputs: dict[str, Any], kind: type) -> Iterator[Found]:
+    for part, arguments in _parts.recorded(whole, inputs, kind):
+        if _failure(part, arguments) is None:
+            yield part, arguments
 
 
 def _extended(found: list[Found], seed: int) -> Iterator[Found]:
