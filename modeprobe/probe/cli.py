@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import json
 import os
 import sys
 from enum import Enum
@@ -57,10 +58,20 @@ def probe(
     transformers: Annotated[
         str | None,
         typer.Option(
-            help="Probe a tiny, randomly initialised model of this type of the installed transformers; "
-            "nothing is downloaded.",
+            help="Probe a tiny, randomly initialised model of this type of the installed transformers, or of "
+            "the configuration in this **config.json** or checkpoint folder; nothing is downloaded.",
             show_default=False,
-            metavar="MODEL_TYPE",
+            metavar="MODEL_TYPE|PATH",
+        ),
+    ] = None,
+    values: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            help="With --transformers: a value of its configuration, as **attention_dropout=0.1** or "
+            "**text_config.attention_dropout=0.1**; may be repeated.",
+            show_default=False,
+            metavar="FIELD=VALUE",
         ),
     ] = None,
     form: Annotated[Format, typer.Option("--format", "-f", help="How to write the report.")] = Format.text,
@@ -81,7 +92,7 @@ def probe(
     try:
         # Whatever the model prints must not mix with the report.
         with contextlib.redirect_stdout(sys.stderr):
-            model, args, kwargs = _load(target, make_input, transformers)
+            model, args, kwargs = _load(target, make_input, transformers, _values(values or []))
             from modeprobe.probe.api import probe as run
 
             report = run(model, *args, gradients=gradients, **kwargs)
@@ -95,15 +106,33 @@ def probe(
     raise typer.Exit(report.exit_code)
 
 
-def _load(target: str | None, make_input: str | None, model_type: str | None) -> tuple[Any, tuple, dict]:
+def _values(given: list[str]) -> dict[str, Any]:
+    """By field, each value read as JSON, or else as a text."""
+    found: dict[str, Any] = {}
+    for text in given:
+        field, equals, value = text.partition("=")
+        if not (field and equals):
+            raise typer.BadParameter(f"--set must be given as FIELD=VALUE, got {text!r}")
+        try:
+            found[field] = json.loads(value)
+        except json.JSONDecodeError:
+            found[field] = value
+    return found
+
+
+def _load(
+    target: str | None, make_input: str | None, model_type: str | None, values: dict[str, Any]
+) -> tuple[Any, tuple, dict]:
     if (target is None) == (model_type is None):
         raise typer.BadParameter("give either package.module:factory or --transformers MODEL_TYPE")
+    if values and model_type is None:
+        raise typer.BadParameter("--set is for --transformers: a factory sets its own values")
     if model_type is not None:
         if make_input is not None:
             raise typer.BadParameter("--transformers makes its own input: leave out --input")
         from modeprobe.probe import architectures
 
-        model, inputs = architectures.build(model_type)
+        model, inputs = architectures.build(model_type, values=values)
         return model, (), inputs
     assert target is not None
     sys.path.insert(0, os.getcwd())

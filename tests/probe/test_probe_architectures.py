@@ -1,6 +1,7 @@
 """How tiny models of transformers are found: sizes, missing fields, parts of a whole, processors."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from modeprobe.probe import architectures  # noqa: E402
 from modeprobe.probe.architectures import (  # noqa: E402
     agreement,
     build,
+    configurations,
     fitting,
     models,
     parts,
@@ -21,6 +23,7 @@ from modeprobe.probe.architectures import (  # noqa: E402
     search,
     sizes,
 )
+from modeprobe.probe.architectures.configurations import Source  # noqa: E402
 from modeprobe.probe.architectures.inputs import InputMaker  # noqa: E402
 
 
@@ -224,7 +227,7 @@ def test_what_is_as_wide_as_a_part_stays_as_wide():
 
 
 def test_what_a_configuration_derives_is_derived_again():
-    given = models._given(transformers.AutoConfig.for_model("zamba2"))
+    given = configurations.underived(transformers.AutoConfig.for_model("zamba2"))
     assert "mamba_headdim" not in given  # from the hidden size
     assert len(given["layers_block_type"]) == given["num_hidden_layers"]
 
@@ -368,7 +371,7 @@ class Disagreeing(transformers.PreTrainedModel):
 def test_a_model_is_built_again_until_its_sizes_agree():
     model, inputs = Disagreeing(Stage()), {"x": torch.ones(3, 2)}
     refused = [(0, inputs, search._failure(model, inputs))]
-    (found, same), *_ = search._agreed(Disagreeing, model.config, refused, 0, math.inf)
+    (found, same), *_ = search._agreed(Disagreeing, model.config, refused, Source("disagreeing"), math.inf)
     assert same is inputs
     assert (found.config.hidden_dim, found.config.out_channels[1]) == (6, 6)
     assert found(**inputs).shape == (3, 1)
@@ -391,7 +394,7 @@ def test_an_optional_input_is_added_for_the_part_that_needs_it():
             return x
 
     model = Prompted()
-    [(_, more)] = search._extended([(model, {"x": torch.ones(1)})], 0)
+    [(_, more)] = search._extended([(model, {"x": torch.ones(1)})], Source("whole"))
     assert more["boxes"].shape == (2, 4)
     [(part, arguments)] = parts.recorded(model, more, Part)
     assert part is model.prompt
@@ -481,3 +484,113 @@ def test_the_search_shows_what_it_tries(capsys, single_thread):
     assert "BertLMHeadModel" in " ".join(capsys.readouterr().err.split())
     build("bert", progress=False)
     assert capsys.readouterr().err == ""
+
+
+def parameters(model):
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_stages_of_one_depth_each_stay_as_many_as_their_depths():
+    first = next(sizes.readings({"num_hidden_layers": 4, "depths": [3, 3, 27, 3], "hidden_size": 512}))
+    assert first["num_hidden_layers"] == len(first["depths"]) == 4
+    first = next(sizes.readings({"num_hidden_layers": 12, "depths": [3, 3, 27, 3]}))
+    assert first["num_hidden_layers"] == sizes.DEPTH
+
+
+def test_the_widths_of_a_model_that_is_not_tiny_are_divided(monkeypatch, single_thread):
+    model, inputs = build("convnext")
+    assert parameters(model) < 100_000
+    assert min(model.config.hidden_sizes) >= 8  # normalisation over fewer would hide what comes before
+    monkeypatch.setattr(search, "_TINY", math.inf)
+    wide, same = build("convnext")
+    assert parameters(wide) > 50 * parameters(model)
+    assert shapes(same) == shapes(inputs)
+
+
+def test_a_model_that_runs_in_both_modes_still_does_when_it_is_narrower():
+    class Config(transformers.PreTrainedConfig):
+        model_type = "modeprobe_test_narrowed"
+        hidden_size: int = 256
+        ffn_dim: int = 256
+
+    class Model(nn.Module):
+        def __init__(self, config):
+            super().__init__()
+            self.config = config
+            self.hidden = nn.Linear(4, config.hidden_size)
+            self.inner = nn.Linear(4, config.ffn_dim)
+
+        def forward(self, x):
+            if self.training and self.config.ffn_dim < 256:
+                raise ValueError("too narrow to be trained")
+            return self.hidden(x).sum() + self.inner(x).sum()
+
+    shown = []
+    found = search._narrowed(Model(Config()), {"x": torch.ones(1, 4)}, Source("narrowed"), shown.append)
+    assert (found.config.hidden_size, found.config.ffn_dim) == (16, 256)
+    assert shown == ["looking for a smaller Model"]
+
+
+def test_values_of_ones_own_stay():
+    values = {"attention_dropout": 0.25, "hidden_size": 48, "num_attention_heads": 6}
+    model, _ = build("llama", values=values)
+    assert {name: getattr(model.config, name) for name in values} == values
+    assert model.config.num_hidden_layers == sizes.DEPTH
+    model, _ = build("gpt2", values={"hidden_size": 64})  # which GPT-2 calls n_embd
+    assert model.config.n_embd == 64
+    model, _ = build("llava", values={"text_config.attention_dropout": 0.25})
+    assert model.config.text_config.attention_dropout == 0.25
+    assert model.config.vision_config.attention_dropout == 0.0
+
+
+def test_values_of_ones_own_complete_a_default_that_lacks_them(single_thread):
+    source = configurations.source("lw_detr", 0, {"projector_scale_factors": [1.0]})
+    assert source.start().num_feature_levels == 1  # derived from them
+    with pytest.raises(Exception, match="hidden_size_per_layer_input must be 0"):
+        configurations.source("gemma4_assistant", 0, {}).start()
+    given = {"text_config.hidden_size_per_layer_input": 0, "text_config.vocab_size_per_layer_input": 0}
+    assert (
+        configurations.source("gemma4_assistant", 0, given).start().text_config.vocab_size_per_layer_input
+        == 0
+    )
+
+
+@pytest.mark.parametrize(
+    ("model_type", "field", "said"),
+    [
+        (
+            "llama",
+            "attention_dropuot",
+            "LlamaConfig has no field 'attention_dropuot'; it has attention_dropout",
+        ),
+        ("llava", "attention_dropout", "vision_config.attention_dropout, text_config.attention_dropout"),
+        ("llava", "text.attention_dropout", "text_config.attention_dropout"),
+        ("llama", "no.such", "LlamaConfig has no field 'no.such'"),
+    ],
+)
+def test_fields_that_a_configuration_does_not_have_are_named(model_type, field, said):
+    with pytest.raises(architectures.ArchitectureError, match=re.escape(said)):
+        build(model_type, values={field: 0.1})
+
+
+def test_the_configuration_of_a_checkpoint_is_read_and_made_small(tmp_path):
+    config = transformers.MistralConfig(attention_dropout=0.125, dtype="bfloat16")
+    config.save_pretrained(tmp_path)
+    for path in (tmp_path, tmp_path / "config.json"):
+        model, _ = build(str(path))
+        assert type(model).__name__ == "MistralForCausalLM"
+        assert model.config.attention_dropout == 0.125
+        assert model.dtype == torch.float32
+        assert parameters(model) < 100_000
+    model, _ = build(str(tmp_path), values={"attention_dropout": 0.5, "num_key_value_heads": 1})
+    assert (model.config.attention_dropout, model.config.num_key_value_heads) == (0.5, 1)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"hidden_size": 8}', '{"model_type": "no_such_type"}', None])
+def test_a_file_that_holds_no_configuration_is_refused(tmp_path, text):
+    if text is not None:
+        (tmp_path / "config.json").write_text(text)
+    with pytest.raises(
+        architectures.ArchitectureError, match=r"config\.json is no configuration of transformers"
+    ):
+        build(str(tmp_path))

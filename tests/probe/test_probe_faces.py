@@ -277,7 +277,10 @@ def test_command_line_writes_files(workspace):
 def test_command_line_rejects_bad_arguments(workspace):
     both = ["cli_models:plain", "--transformers", "llama"]
     input_too = ["--transformers", "llama", "--input", "cli_models:make"]
-    for arguments in ([], ["no_colon"], ["--bogus"], ["cli_models:plain", "-f", "xml"], both, input_too):
+    set_without = ["cli_models:plain", "--set", "dropout=0.1"]
+    set_without_value = ["--transformers", "llama", "--set", "dropout"]
+    wrong = ([], ["no_colon"], ["--bogus"], ["cli_models:plain", "-f", "xml"])
+    for arguments in (*wrong, both, input_too, set_without, set_without_value):
         assert CliRunner().invoke(app, ["probe", *arguments]).exit_code == 3
 
 
@@ -286,6 +289,13 @@ def test_command_line_builds_transformers(single_thread):
     result = CliRunner().invoke(app, ["probe", "--transformers", "llama", "--format", "json"])
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["model"] == "LlamaForCausalLM"
+    given = ["--set", "attention_dropout=0.25", "--set", "hidden_act=gelu"]
+    result = CliRunner().invoke(app, ["probe", "--transformers", "llama", "--format", "json", *given])
+    assert json.loads(result.stdout)["causes"] == ["attention_dropout"]
+    assert result.exit_code == 1
+    result = CliRunner().invoke(app, ["probe", "--transformers", "llama", "--set", "dropout=0.1"])
+    assert result.exit_code == 3
+    assert "LlamaConfig has no field 'dropout'" in " ".join(result.stderr.split())
     result = CliRunner().invoke(app, ["probe", "--transformers", "lama"])
     assert result.exit_code == 3
     assert "llama" in result.output

@@ -6,10 +6,12 @@ The only part of the probe that knows transformers. Nothing is downloaded.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
+from modeprobe.probe.architectures.configurations import ConfigurationError, source
 from modeprobe.probe.architectures.search import find
 from modeprobe.probe.progress import Progress
 from modeprobe.probe.quiet import quiet
@@ -25,26 +27,31 @@ def model_types() -> list[str]:
     return sorted(CONFIG_MAPPING_NAMES)
 
 
-def build(model_type: str, seed: int = 0, progress: bool | None = None) -> tuple[nn.Module, dict[str, Any]]:
+def build(
+    model_type: str,
+    seed: int = 0,
+    progress: bool | None = None,
+    values: Mapping[str, Any] | None = None,
+) -> tuple[nn.Module, dict[str, Any]]:
     """A tiny model of this type in train mode, and keyword arguments that it accepts.
 
     Args:
-        model_type: a name that :func:`model_types` lists.
+        model_type: a name that :func:`model_types` lists, or the path of a checkpoint's ``config.json`` or of
+            its folder: the configuration is then that one, its sizes made small.
         seed: of torch's generator before the weights are drawn.
         progress: shown on standard error: True at once, False never, None after two seconds.
+        values: of the configuration's fields, kept as they are; a part's by ``part.field``.
 
     Raises:
-        ArchitectureError: the type is unknown, too large at every size, or needs inputs of another kind.
+        ArchitectureError: the type or a field is unknown, the type is too large at every size, or it needs
+            inputs of another kind.
     """
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    if model_type not in model_types():
-        import difflib
-
-        close = difflib.get_close_matches(model_type, model_types(), 3)
-        hint = f"; close: {', '.join(close)}" if close else ""
-        raise ArchitectureError(f"unknown model type {model_type!r} in the installed transformers{hint}")
     with quiet(), Progress(progress) as show:
-        found = find(model_type, seed, show)
+        try:
+            found = find(source(model_type, seed, values or {}), show)
+        except ConfigurationError as error:
+            raise ArchitectureError(str(error)) from error
     if isinstance(found, str):
         raise ArchitectureError(found)
     model, inputs = found

@@ -9,7 +9,7 @@ from typing import Any
 from modeprobe.probe.architectures.sizes import LAYERS
 
 _REDUCTIONS = 3
-_ANY_WIDTH = re.compile(r"(dim|dims|hidden\w*|channels?|filters|size|sizes|latents|features|width)$")
+_ANY_WIDTH = re.compile(r"(dim|dims|hidden\w*|channels?|filters|size|sizes|latents|features|width|rank)$")
 
 Values = dict[str, Any]
 _Path = tuple[str, ...]
@@ -27,7 +27,7 @@ def _most(values: Values, small: Values, builds: Callable[[Values], bool]) -> Va
     """With as many of the small values as a model can be built from, found by halving what is refused."""
     # Those of one part stay together, its depth and its lists by layer above all.
     paths = sorted(_differing(values, small), key=lambda path: (path[:-1], path[-1] not in LAYERS))
-    pending, found = [paths], values
+    pending, found = [paths] if paths else [], values
     while pending:
         tried = pending.pop()
         mixed = _mixed(found, small, set(tried))

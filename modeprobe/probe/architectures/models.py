@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import importlib
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -12,14 +11,12 @@ import torch
 from torch import nn
 
 from modeprobe.probe.architectures import sizes as _sizes
+from modeprobe.probe.architectures.configurations import Source, underived
 from modeprobe.probe.architectures.fitting import fitting
 
 MAX_PARAMETERS = 100_000_000
 _CLASSES = 3
 _FIELDS = 4
-
-# Parts for models that are composed of any two others, by a word in the composition's name or the part's.
-_PARTS = {"vision": "vit", "image": "vit", "speech": "wav2vec2", "audio": "wav2vec2"}
 
 
 class TooLargeError(Exception):
@@ -30,41 +27,10 @@ class NoClassError(Exception):
     pass
 
 
-def configuration(model_type: str, complete: bool = False) -> Any:
-    """The default configuration. complete: with the parts that are left out of it by default."""
-    from transformers import AutoConfig
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
-    if complete:
-        config = configuration(model_type)
-        slots = getattr(config, "sub_configs", {})
-        left_out = [
-            name for name in slots if getattr(config, name, slots) is None and slots[name] is not AutoConfig
-        ]
-        return (
-            AutoConfig.for_model(model_type, **{name: slots[name]() for name in left_out})
-            if left_out
-            else config
-        )
-    try:
-        return AutoConfig.for_model(model_type)
-    except ValueError:
-        slots = getattr(CONFIG_MAPPING[model_type], "sub_configs", {})
-        if not slots:
-            raise
-    parts = {}
-    for index, slot in enumerate(slots):
-        words = f"{model_type} {slot}" if index == 0 else slot
-        kind = next((kind for word, kind in _PARTS.items() if word in words), "bert")
-        decodes = {"is_decoder": True, "add_cross_attention": True} if slot == "decoder" else {}
-        parts[slot] = AutoConfig.for_model(kind, **decodes).to_dict()
-    return AutoConfig.for_model(model_type, **parts)
-
-
-def models(config: Any, seed: int) -> Iterator[nn.Module | Exception]:
+def models(config: Any, source: Source) -> Iterator[nn.Module | Exception]:
     """Models at growing sizes, of each class that takes the configuration, or why there is none."""
     too_large = False
-    for small in _configurations(config):
+    for small in _configurations(config, source):
         if isinstance(small, Exception):
             yield small
             continue
@@ -76,20 +42,20 @@ def models(config: Any, seed: int) -> Iterator[nn.Module | Exception]:
             yield error
             return
         for make in makers:
-            made = _made(make, small, seed)
+            made = _made(make, small, source.seed)
             yield made
             too_large = isinstance(made, TooLargeError)
             if too_large:
                 break
 
 
-def again(kind: type[nn.Module], config: Any, values: dict[str, Any], seed: int) -> nn.Module | None:
+def again(kind: type[nn.Module], config: Any, values: dict[str, Any], source: Source) -> nn.Module | None:
     """A model of this class with these values in a configuration like the one given, if there can be one."""
     try:
-        changed = type(config).from_dict(values)
+        changed = source.made(type(config), values)
     except Exception:
         return None
-    made = _made(kind, changed, seed)
+    made = _made(kind, changed, source.seed)
     return runnable(made)[0] if isinstance(made, nn.Module) else None
 
 
@@ -103,13 +69,13 @@ def runnable(model: nn.Module) -> list[nn.Module]:
     return [part for part in model.children() if hasattr(part, "config")] or [model]
 
 
-def _configurations(config: Any) -> Iterator[Any]:
+def _configurations(config: Any, source: Source) -> Iterator[Any]:
     """Small ones, the smallest first; the configuration itself; then what can be built in between."""
     original = config.to_dict()
 
     def builds(values: dict[str, Any]) -> bool:
         try:
-            small = type(config).from_dict(values)
+            small = source.made(type(config), values)
             _parameters(next(_constructors(small)), small)
         except Exception:
             return False
@@ -117,15 +83,15 @@ def _configurations(config: Any) -> Iterator[Any]:
 
     def made(values: dict[str, Any]) -> Any:
         try:
-            return type(config).from_dict(values)
+            return source.made(type(config), values)
         except Exception as error:
             with contextlib.suppress(Exception):  # it may name stages that are no more
-                return type(config).from_dict(_sizes.with_features(values, original))
+                return source.made(type(config), _sizes.with_features(values, original))
             return error
 
     readings = list(_sizes.readings(original))
     yield from map(made, readings[:-1])
-    yield made(next(_sizes.readings(_given(config))))
+    yield made(next(_sizes.readings(underived(config))))
     yield made(readings[-1])
     yield config
     filled = _sizes.filled(readings[0])
@@ -138,23 +104,6 @@ def _configurations(config: Any) -> Iterator[Any]:
     if base is original or builds(base):
         for small in (readings[-2], filled):
             yield from map(made, fitting(base, small, builds))
-
-
-def _given(config: Any) -> dict[str, Any]:
-    """The configuration's values without those that it derives: no fields, or None unless given."""
-    values = config.to_dict()
-    depths = {value for name, value in values.items() if name in _sizes.LAYERS}
-    fields = dataclasses.fields(config) if dataclasses.is_dataclass(config) else ()
-    if fields:
-        named = {"model_type", *(field.name for field in fields)}
-        values = {name: value for name, value in values.items() if name in named}
-    for field in fields:
-        held = vars(config).get(field.name)
-        if hasattr(held, "to_dict"):
-            values[field.name] = _given(held)
-        elif field.default is None and not (isinstance(held, list) and len(held) in depths):
-            values.pop(field.name, None)
-    return values
 
 
 def _made(make: Callable[[Any], nn.Module], config: Any, seed: int) -> nn.Module | Exception:

@@ -14,6 +14,8 @@ from torch import nn
 from modeprobe.probe.architectures import models as _models
 from modeprobe.probe.architectures import parts as _parts
 from modeprobe.probe.architectures.agreement import agreeing, disagreeing
+from modeprobe.probe.architectures.configurations import Source
+from modeprobe.probe.architectures.fitting import fitting
 from modeprobe.probe.architectures.inputs import InputMaker
 
 _SECONDS = 60  # of the processor's time, after which nothing else is tried
@@ -24,6 +26,7 @@ _SLOW = 2  # of them for a failure, after which no larger inputs are tried
 _TINY = (
     4_000_000  # parameters; before more are run, the sizes of smaller models that failed are made to agree
 )
+_NARROWING = 10  # seconds of the processor's time to divide the widths of a model that is not tiny
 _REPAIRS = 4  # of inputs, one upon the other
 _REFUSED = 4  # inputs by whose failures the sizes of a model are made to agree
 _SIZES = 4  # or classes of a whole that runs, in search of a part that it calls
@@ -33,11 +36,15 @@ Found = tuple[nn.Module, dict[str, Any]]
 _Refused = tuple[int, dict[str, Any], Exception]  # repairs that were left, inputs, failure
 
 
-def find(model_type: str, seed: int, show: Callable[[str], None]) -> Found | str:
+def find(source: Source, show: Callable[[str], None]) -> Found | str:
     """The first model that runs in both modes, else the first that runs, with inputs; or what was tried."""
-    tried = _Tried(model_type, show=show)
-    found = _first(_running(model_type, seed, tried)) or _first(_as_part(model_type, seed, tried))
-    return found or str(tried)
+    tried = _Tried(source.model_type, show=show)
+    found = _first(_running(source, tried))
+    if found is None and source == Source(source.model_type, source.seed):
+        found = _first(_as_part(source, tried))
+    if found is None:
+        return str(tried)
+    return found if _count(found[0]) <= _TINY else (_narrowed(*found, source, show), found[1])
 
 
 def _first(running: Iterator[Found]) -> Found | None:
@@ -48,6 +55,32 @@ def _first(running: Iterator[Found]) -> Found | None:
             return model, inputs
         found = found or (model, inputs)
     return found
+
+
+def _narrowed(model: Any, inputs: dict[str, Any], source: Source, show: Callable[[str], None]) -> nn.Module:
+    """The model with its widths divided, as far as it still runs on these inputs, in the same modes."""
+    show(f"looking for a smaller {type(model).__name__}")
+    until = time.process_time() + _NARROWING
+    modes = [train for train in (False, True) if _failure(model, inputs, train) is None]
+    smallest: nn.Module = model
+
+    def runs(values: dict[str, Any]) -> bool:
+        nonlocal smallest
+        if time.process_time() > until:
+            return False
+        other = _models.again(type(model), model.config, values, source)
+        if other is None or _count(other) >= _count(smallest):
+            return False
+        if any(_failure(other, inputs, train) for train in modes):
+            return False
+        smallest = other
+        return True
+
+    if hasattr(getattr(model, "config", None), "to_dict"):  # parts of a whole need not have one
+        values = model.config.to_dict()
+        for _ in fitting(values, values, runs):
+            pass
+    return smallest
 
 
 class _Tried:
@@ -90,12 +123,12 @@ class _Tried:
         )
 
 
-def _running(model_type: str, seed: int, tried: _Tried, complete: bool = False) -> Iterator[Found]:
+def _running(source: Source, tried: _Tried, complete: bool = False) -> Iterator[Found]:
     """Models of this type with inputs that they run on, the smallest first."""
     try:
-        config = _models.configuration(model_type, complete)
+        config = source.start(complete)
     except Exception as error:
-        tried.instead = f"transformers has no default configuration of {model_type}: {_short(error)}"
+        tried.instead = f"transformers has no default configuration of {source.model_type}: {_short(error)}"
         return
     refusing: list[tuple[type[nn.Module], Any, list[_Refused]]] = []
     large: list[Found] = []
@@ -108,17 +141,17 @@ def _running(model_type: str, seed: int, tried: _Tried, complete: bool = False) 
         for entry in entries:
             if enough():
                 return
-            for found in _agreed(*entry, seed, time.process_time() + seconds):
+            for found in _agreed(*entry, source, time.process_time() + seconds):
                 if _count(found[0]) <= _TINY:
                     yield found
                 elif len(large) < _RUNS:
                     large.append(found)
 
-    for model in _models.models(config, seed):
+    for model in _models.models(config, source):
         if enough() or (refusing and tried.seconds() > _SECONDS - 2 * _SLICE):
             break
         if isinstance(model, ImportError) and not str(model.name).startswith("transformers."):
-            tried.instead = f"{model_type} needs a package: {_short(model)}"
+            tried.instead = f"{source.model_type} needs a package: {_short(model)}"
             return
         if isinstance(model, Exception):
             tried.reasons.append(_short(model))
@@ -149,7 +182,7 @@ def _count(model: nn.Module) -> int:
 
 
 def _agreed(
-    kind: type[nn.Module], config: Any, refused: list[_Refused], seed: int, until: float
+    kind: type[nn.Module], config: Any, refused: list[_Refused], source: Source, until: float
 ) -> Iterator[Found]:
     """Models like the one that failed, in which the sizes agree that the failures name, with its inputs."""
     seen: set[str] = set()
@@ -159,7 +192,7 @@ def _agreed(
             if repr(values) in seen or time.process_time() > until:
                 continue
             seen.add(repr(values))
-            model: Any = _models.again(kind, config, values, seed)
+            model: Any = _models.again(kind, config, values, source)
             if model is None:
                 continue
             left = _failure(model, inputs)
@@ -176,15 +209,16 @@ def _agreed(
         yield from attempt(config, inputs, failure)
 
 
-def _as_part(model_type: str, seed: int, tried: _Tried) -> Iterator[Found]:
+def _as_part(source: Source, tried: _Tried) -> Iterator[Found]:
     """The module of this type in a model that holds one, with the arguments that it gets there."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    kind = CONFIG_MAPPING[model_type]
+    kind = CONFIG_MAPPING[source.model_type]
     for whole in _parts.wholes(kind):
         ran = False
+        holding = Source(whole, source.seed)
         within = _Tried(whole, tried.until + _SECONDS / 2, tried.show)
-        running = _running(whole, seed, within, complete=True)
+        running = _running(holding, within, complete=True)
         sizes = itertools.groupby(running, key=lambda found: id(found[0]))
         for _, same in itertools.islice(sizes, _SIZES):
             found: list[Found] = []
@@ -192,7 +226,7 @@ def _as_part(model_type: str, seed: int, tried: _Tried) -> Iterator[Found]:
                 ran = True
                 found.append((model, inputs))
                 yield from _part(model, inputs, kind)
-            for model, inputs in _extended(found[:2], seed):
+            for model, inputs in _extended(found[:2], holding):
                 yield from _part(model, inputs, kind)
         tried.wholes.append(f"{whole}, which holds it, {'runs without it' if ran else 'does not run either'}")
 
@@ -203,7 +237,7 @@ def _part(whole: nn.Module, inputs: dict[str, Any], kind: type) -> Iterator[Foun
             yield part, arguments
 
 
-def _extended(found: list[Found], seed: int) -> Iterator[Found]:
+def _extended(found: list[Found], source: Source) -> Iterator[Found]:
     """With one more input each, also where the model then fails after the part that it is for."""
     for model, inputs in found:
         for more in InputMaker(model).extended(inputs):
@@ -211,7 +245,7 @@ def _extended(found: list[Found], seed: int) -> Iterator[Found]:
             failure = _failure(model, more)
             if failure is not None:
                 until = time.process_time() + _SLICE / 4
-                yield from _agreed(type(model), model.config, [(0, more, failure)], seed, until)
+                yield from _agreed(type(model), model.config, [(0, more, failure)], source, until)
 
 
 def _accepted(model: nn.Module, tried: _Tried) -> Iterator[dict[str, Any]]:

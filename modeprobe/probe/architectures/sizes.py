@@ -192,6 +192,7 @@ def _shrunk(values: dict[str, Any], sizes: dict[str, int], deep: bool = False) -
     """deep: with as many layers as before."""
     shrunk = {name: value for name, value in values.items() if deep or name not in _DERIVED}
     layers = {value for name, value in values.items() if name in LAYERS and isinstance(value, int)}
+    stages = len(values.get("depths") or ())
     for name, value in values.items():
         if isinstance(value, dict) and str(value.get("model_type")).startswith("timm_"):
             shrunk[name] = dict(_BACKBONE)  # timm need not be installed
@@ -204,6 +205,8 @@ def _shrunk(values: dict[str, Any], sizes: dict[str, int], deep: bool = False) -
         elif isinstance(value, int) and not isinstance(value, bool):
             common = _COMMON.search(name)
             size = sizes.get(name, sizes.get(common[0]) if common else None)
+            if name in LAYERS and value == stages:  # one depth for each of them
+                size = value
             if name in _PROPORTIONAL and "hidden_size" in sizes and values.get("hidden_size"):
                 size = sizes["hidden_size"] * value // values["hidden_size"]
             shrunk[name] = value if size is None or value < 0 else min(value, size)
