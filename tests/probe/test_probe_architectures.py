@@ -1,7 +1,6 @@
 """How tiny models of transformers are found: sizes, missing fields, parts of a whole, processors."""
 
 import math
-import re
 
 import pytest
 import torch
@@ -91,6 +90,14 @@ def test_a_whole_is_found_beside_its_part(monkeypatch):
     monkeypatch.setitem(CONFIG_MAPPING._extra_content, Whole.model_type, Whole)
     assert list(parts.wholes(Part)) == [Whole.model_type]
     assert list(parts.wholes(Whole)) == []
+
+
+def test_a_part_of_any_type_is_that_of_the_default(single_thread):
+    kind = transformers.CONFIG_MAPPING["voxtral_realtime_text"]
+    assert list(parts.wholes(kind)) == ["voxtral_realtime"]  # its slot is for any text model
+    model, inputs = build("voxtral_realtime_text")
+    assert type(model.config) is kind
+    assert "t_cond" in inputs  # which only the whole passes
 
 
 def test_a_part_without_a_class_of_its_own_is_built(single_thread):
@@ -368,6 +375,22 @@ class Disagreeing(transformers.PreTrainedModel):
         return self.last(self.norm(self.first(x)))
 
 
+def test_a_field_that_a_failure_names_is_added_where_it_is_lacking():
+    inner = {"model_type": "part", "sliding_window": None}
+    other = {"model_type": "part", "sliding_window": 512}
+    failure = "Could not find a `sliding_window` argument in the config, or it is not set"
+    assert agreement.answerable(failure)
+    [made] = agreement.agreeing({"model_type": "whole", "part": inner, "other": other}, failure)
+    assert made == {
+        "model_type": "whole",
+        "part": {**inner, "sliding_window": 8},
+        "other": other,
+        "sliding_window": 8,
+    }
+    assert not agreement.answerable("something else failed")
+    assert list(agreement.agreeing({}, failure.replace("sliding_window", "of_no_usual_value"))) == []
+
+
 def test_a_model_is_built_again_until_its_sizes_agree():
     model, inputs = Disagreeing(Stage()), {"x": torch.ones(3, 2)}
     refused = [(0, inputs, search._failure(model, inputs))]
@@ -407,6 +430,23 @@ def test_placeholders_that_were_too_many_are_taken_out_before_others_are_put_in(
     failure = "Image features and image tokens do not match, tokens: 6, features: 2"
     first, *_ = maker._with_placeholders({"input_ids": text}, failure)
     assert first["input_ids"].tolist() == [[60, 7, 8]] * 2
+
+
+def test_patches_have_the_documented_shape():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.config = Whole(patch_size=4, spatial_merge_size=2, num_channels=3, temporal_patch_size=2)
+
+        def forward(self, pixel_values, image_grid_thw=None):
+            """
+            pixel_values (`torch.Tensor` of shape `(rows, patch_size * spatial_merge_size, 5, channels)`):
+            """
+
+    maker = InputMaker(Model())
+    assert (32, 8, 5, 3) in [tuple(made["pixel_values"].shape) for made in maker._patches("image_grid_thw")]
+    videos = [tuple(made["pixel_values"].shape) for made in maker._with_media({})]
+    assert (2, 2, 4, 4, 3) in videos  # patches over time, their channels last
 
 
 def test_hidden_states_stand_in_for_tokens_that_a_model_cannot_embed():
@@ -529,68 +569,3 @@ def test_a_model_that_runs_in_both_modes_still_does_when_it_is_narrower():
     found = search._narrowed(Model(Config()), {"x": torch.ones(1, 4)}, Source("narrowed"), shown.append)
     assert (found.config.hidden_size, found.config.ffn_dim) == (16, 256)
     assert shown == ["looking for a smaller Model"]
-
-
-def test_values_of_ones_own_stay():
-    values = {"attention_dropout": 0.25, "hidden_size": 48, "num_attention_heads": 6}
-    model, _ = build("llama", values=values)
-    assert {name: getattr(model.config, name) for name in values} == values
-    assert model.config.num_hidden_layers == sizes.DEPTH
-    model, _ = build("gpt2", values={"hidden_size": 64})  # which GPT-2 calls n_embd
-    assert model.config.n_embd == 64
-    model, _ = build("llava", values={"text_config.attention_dropout": 0.25})
-    assert model.config.text_config.attention_dropout == 0.25
-    assert model.config.vision_config.attention_dropout == 0.0
-
-
-def test_values_of_ones_own_complete_a_default_that_lacks_them(single_thread):
-    source = configurations.source("lw_detr", 0, {"projector_scale_factors": [1.0]})
-    assert source.start().num_feature_levels == 1  # derived from them
-    with pytest.raises(Exception, match="hidden_size_per_layer_input must be 0"):
-        configurations.source("gemma4_assistant", 0, {}).start()
-    given = {"text_config.hidden_size_per_layer_input": 0, "text_config.vocab_size_per_layer_input": 0}
-    assert (
-        configurations.source("gemma4_assistant", 0, given).start().text_config.vocab_size_per_layer_input
-        == 0
-    )
-
-
-@pytest.mark.parametrize(
-    ("model_type", "field", "said"),
-    [
-        (
-            "llama",
-            "attention_dropuot",
-            "LlamaConfig has no field 'attention_dropuot'; it has attention_dropout",
-        ),
-        ("llava", "attention_dropout", "vision_config.attention_dropout, text_config.attention_dropout"),
-        ("llava", "text.attention_dropout", "text_config.attention_dropout"),
-        ("llama", "no.such", "LlamaConfig has no field 'no.such'"),
-    ],
-)
-def test_fields_that_a_configuration_does_not_have_are_named(model_type, field, said):
-    with pytest.raises(architectures.ArchitectureError, match=re.escape(said)):
-        build(model_type, values={field: 0.1})
-
-
-def test_the_configuration_of_a_checkpoint_is_read_and_made_small(tmp_path):
-    config = transformers.MistralConfig(attention_dropout=0.125, dtype="bfloat16")
-    config.save_pretrained(tmp_path)
-    for path in (tmp_path, tmp_path / "config.json"):
-        model, _ = build(str(path))
-        assert type(model).__name__ == "MistralForCausalLM"
-        assert model.config.attention_dropout == 0.125
-        assert model.dtype == torch.float32
-        assert parameters(model) < 100_000
-    model, _ = build(str(tmp_path), values={"attention_dropout": 0.5, "num_key_value_heads": 1})
-    assert (model.config.attention_dropout, model.config.num_key_value_heads) == (0.5, 1)
-
-
-@pytest.mark.parametrize("text", ["{", "[]", '{"hidden_size": 8}', '{"model_type": "no_such_type"}', None])
-def test_a_file_that_holds_no_configuration_is_refused(tmp_path, text):
-    if text is not None:
-        (tmp_path / "config.json").write_text(text)
-    with pytest.raises(
-        architectures.ArchitectureError, match=r"config\.json is no configuration of transformers"
-    ):
-        build(str(tmp_path))

@@ -1,10 +1,12 @@
-"""Sizes of a configuration that disagree, made the same, by what a model says of them when it fails."""
+"""Configurations whose sizes agree, and that lack no field, by what a model says when it fails."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
 from typing import Any
+
+from modeprobe.probe.architectures.sizes import usual
 
 Values = dict[str, Any]
 
@@ -22,10 +24,16 @@ _DISAGREEING = tuple(
         rf"tensor a \({_GIVEN}\) must match .* tensor b \({_BUILT}\)",
     )
 )
+_LACKING = re.compile(r"[Cc]ould not find an? `(\w+)` argument in the config")
 _WIDTH = re.compile(
     r"^(?!.*(vocab|image|patch|kernel|window)_)"
     r".*(dims?|hidden\w*|channels?|filters|sizes?|latents|features|widths?)$"
 )
+
+
+def answerable(failure: str) -> bool:
+    """Whether other values can be read from the failure."""
+    return bool(disagreeing(failure) or _LACKING.search(failure))
 
 
 def disagreeing(failure: str) -> list[tuple[int, int]]:
@@ -36,16 +44,27 @@ def disagreeing(failure: str) -> list[tuple[int, int]]:
 
 
 def agreeing(values: Values, failure: str) -> Iterator[Values]:
-    """With a width that is one of the two sizes in the failure made the other.
+    """With the field that the failure says is lacking, or a width that is one of its sizes made the other.
 
     Which of the two is at fault is not said, nor which of several equal widths. What a layer is built for
     goes first: when that is changed, all before it still runs.
     """
+    lacking = _LACKING.search(failure)
+    if lacking and (value := usual(lacking[1])) is not None:
+        yield _completed(values, lacking[1], value)
     for built, given in disagreeing(failure):
         for was, becomes in ((built, given), (given, built)):
             places = list(_places(values, was))
             choices = [{place} for place in places] + ([set(places)] if len(places) > 1 else [])
             yield from (_changed(values, chosen, becomes) for chosen in choices)
+
+
+def _completed(values: Values, name: str, value: Any) -> Values:
+    found = {
+        field: _completed(held, name, value) if isinstance(held, dict) and "model_type" in held else held
+        for field, held in values.items()
+    }
+    return {**found, name: value if found.get(name) is None else found[name]}
 
 
 def _places(values: Values, was: int, before: tuple = ()) -> Iterator[tuple]:

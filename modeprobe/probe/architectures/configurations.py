@@ -184,8 +184,10 @@ def _names(values: Values, before: str = "") -> Iterator[str]:
 
 
 def _merged(values: Values, kept: Values) -> Values:
+    """The values with those kept; within a part, unless all of that is given, by a type of its own."""
     found = dict(values)
     for name, value in kept.items():
         inner = found.get(name)
-        found[name] = _merged(inner, value) if isinstance(inner, dict) and isinstance(value, dict) else value
+        within = isinstance(inner, dict) and isinstance(value, dict) and "model_type" not in value
+        found[name] = _merged(inner, value) if within else value
     return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -227,7 +228,11 @@ class InputMaker:
         side = 2 * merge
         name = "pixel_values" if "pixel_values" in self.parameters else "hidden_states"
         flat = channels * self.size("temporal_patch_size", 1) * patch**2
-        for shape in ((flat,), (channels, patch, patch)):
+        shapes = [(flat,), (channels, patch, patch)]
+        documented = self.documented.get(name, ("", []))[1][1:]
+        if len(documented) > 2:
+            shapes.append(tuple(self._dimension(part, name) for part in documented))
+        for shape in shapes:
             yield {
                 name: self.normal(BATCH * side**2, *shape),
                 grid: torch.tensor([[1, side, side]] * BATCH),
@@ -257,12 +262,14 @@ class InputMaker:
         channels = self.size("num_channels", 3)
         sides = self.image_sides()
         frames = self.size("num_frames", 4)
+        times, patch = self.size("temporal_patch_size", 0), self.size("patch_size", 14)
         bins, audio = self.size("num_mel_bins", 80), self.size("max_length", 128)
         return {
             "pixel_values": [
                 *((BATCH, channels, *side) for side in (sides, (64, 64), (224, 224))),
                 (BATCH, frames, channels, *sides),
                 (BATCH * frames, channels, *sides),
+                *[(BATCH, times, patch, patch, channels)] * bool(times),
             ],
             "pixel_values_videos": [(BATCH, self.size("frames_per_clip", frames), channels, *sides)],
             "input_values": [(BATCH, 4000), (BATCH, 1, 4000), (BATCH, audio, self.size("num_mel_bins", 128))],
@@ -343,6 +350,8 @@ class InputMaker:
         part = part.removeprefix("config.").removeprefix("self.")
         if part.isdigit():
             return int(part)
+        if " * " in part:
+            return math.prod(self._dimension(factor, name) for factor in part.split(" * "))
         if "batch" in part:
             return BATCH
         if part in ("height", "width"):

@@ -24,12 +24,24 @@ def wholes(kind: type) -> Iterator[str]:
     inner, seen = [kind], {kind}
     for part in inner:
         for holder in beside:
-            if holder not in seen and part in (getattr(holder, "sub_configs", None) or {}).values():
+            if holder not in seen and part in _slots(holder).values():
                 inner.append(holder)
                 seen.add(holder)
                 name = getattr(holder, "model_type", "")
                 if name in CONFIG_MAPPING:
                     yield name
+
+
+def _slots(holder: type) -> dict[str, Any]:
+    """The class of each configuration held, by its name; where it may be any, the class held by default."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
+
+    found = dict(getattr(holder, "sub_configs", None) or {})
+    for name, spec in (getattr(holder, "sub_configs_defaults", None) or {}).items():
+        usual = getattr(spec, "model_type", None)
+        if usual in CONFIG_MAPPING_NAMES:
+            found[name] = CONFIG_MAPPING[usual]
+    return found
 
 
 def recorded(
@@ -46,7 +58,7 @@ def recorded(
         if any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(arguments)):
             calls.append((module, arguments))
 
-    slots = getattr(getattr(whole, "config", None), "sub_configs", None) or {}
+    slots = _slots(type(getattr(whole, "config", None)))
     names = {name.removesuffix("_config") for name, held in slots.items() if held is kind}
     # Some parts are built from the configuration of the whole, and are called as the slot of their own.
     hooks = [

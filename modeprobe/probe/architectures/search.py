@@ -13,7 +13,7 @@ from torch import nn
 
 from modeprobe.probe.architectures import models as _models
 from modeprobe.probe.architectures import parts as _parts
-from modeprobe.probe.architectures.agreement import agreeing, disagreeing
+from modeprobe.probe.architectures.agreement import agreeing, answerable
 from modeprobe.probe.architectures.configurations import Source
 from modeprobe.probe.architectures.fitting import fitting
 from modeprobe.probe.architectures.inputs import InputMaker
@@ -28,7 +28,7 @@ _TINY = (
 )
 _NARROWING = 10  # seconds of the processor's time to divide the widths of a model that is not tiny
 _REPAIRS = 4  # of inputs, one upon the other
-_REFUSED = 4  # inputs by whose failures the sizes of a model are made to agree
+_REFUSED = 12  # inputs by whose failures the sizes of a model are made to agree
 _SIZES = 4  # or classes of a whole that runs, in search of a part that it calls
 _RUNS = 8  # of a model, until one runs in train mode too, or of a whole, until one reaches the part
 
@@ -128,7 +128,8 @@ def _running(source: Source, tried: _Tried, complete: bool = False) -> Iterator[
     try:
         config = source.start(complete)
     except Exception as error:
-        tried.instead = f"transformers has no default configuration of {source.model_type}: {_short(error)}"
+        lacking = "configuration with these values" if source.kept else "default configuration"
+        tried.instead = f"transformers has no {lacking} of {source.model_type}: {_short(error)}"
         return
     refusing: list[tuple[type[nn.Module], Any, list[_Refused]]] = []
     large: list[Found] = []
@@ -267,7 +268,7 @@ def _accepted(model: nn.Module, tried: _Tried) -> Iterator[dict[str, Any]]:
             yield inputs
             return
         tried.reasons.append(_short(failure))
-        if disagreeing(str(failure)):
+        if answerable(str(failure)):
             tried.refused.append((repairs, inputs, failure))
         for other in _repaired(maker, inputs, failure, tried) if repairs else ():
             yield from attempt(other, repairs - 1)
