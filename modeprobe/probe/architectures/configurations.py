@@ -187,7 +187,7 @@ def _merged(values: Values, kept: Values) -> Values:
     """The values with those kept; within a part, unless all of that is given, by a type of its own."""
     found = dict(values)
     for name, value in kept.items():
-        inner = found.get(name)
-        within = isinstance(inner, dict) and isinstance(value, dict) and "model_type" not in value
-        found[name] = _merged(inner, value) if within else value
+        inner: Any = found.get(name)
+        whole = not (isinstance(inner, dict) and isinstance(value, dict)) or "model_type" in value
+        found[name] = value if whole else _merged(inner, value)
     return found

@@ -38,7 +38,7 @@ def _slots(holder: type) -> dict[str, Any]:
 
     found = dict(getattr(holder, "sub_configs", None) or {})
     for name, spec in (getattr(holder, "sub_configs_defaults", None) or {}).items():
-        usual = getattr(spec, "model_type", None)
+        usual = getattr(spec, "model_type", None) or ""
         if usual in CONFIG_MAPPING_NAMES:
             found[name] = CONFIG_MAPPING[usual]
     return found
