@@ -16,6 +16,7 @@ from modeprobe.probe.architectures import (  # noqa: E402
     configurations,
     fitting,
     models,
+    narrowing,
     parts,
     processors,
     repairs,
@@ -526,10 +527,6 @@ def test_the_search_shows_what_it_tries(capsys, single_thread):
     assert capsys.readouterr().err == ""
 
 
-def parameters(model):
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
 def test_stages_of_one_depth_each_stay_as_many_as_their_depths():
     first = next(sizes.readings({"num_hidden_layers": 4, "depths": [3, 3, 27, 3], "hidden_size": 512}))
     assert first["num_hidden_layers"] == len(first["depths"]) == 4
@@ -539,33 +536,57 @@ def test_stages_of_one_depth_each_stay_as_many_as_their_depths():
 
 def test_the_widths_of_a_model_that_is_not_tiny_are_divided(monkeypatch, single_thread):
     model, inputs = build("convnext")
-    assert parameters(model) < 100_000
+    assert narrowing.parameters(model) < 100_000
     assert min(model.config.hidden_sizes) >= 8  # normalisation over fewer would hide what comes before
     monkeypatch.setattr(search, "_TINY", math.inf)
     wide, same = build("convnext")
-    assert parameters(wide) > 50 * parameters(model)
+    assert narrowing.parameters(wide) > 50 * narrowing.parameters(model)
     assert shapes(same) == shapes(inputs)
 
 
-def test_a_model_that_runs_in_both_modes_still_does_when_it_is_narrower():
-    class Config(transformers.PreTrainedConfig):
-        model_type = "modeprobe_test_narrowed"
-        hidden_size: int = 256
-        ffn_dim: int = 256
+class Narrowing(transformers.PreTrainedConfig):
+    model_type = "modeprobe_test_narrowing"
+    hidden_size: int = 256
+    ffn_dim: int = 256
 
-    class Model(nn.Module):
-        def __init__(self, config):
-            super().__init__()
-            self.config = config
-            self.hidden = nn.Linear(4, config.hidden_size)
-            self.inner = nn.Linear(4, config.ffn_dim)
 
-        def forward(self, x):
-            if self.training and self.config.ffn_dim < 256:
-                raise ValueError("too narrow to be trained")
-            return self.hidden(x).sum() + self.inner(x).sum()
+class Wide(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.hidden = nn.Linear(4, config.hidden_size)
+        self.inner = nn.Linear(4, config.ffn_dim)
 
+    def forward(self, x):
+        x = self.hidden(x).sum(1) + self.inner(x).sum(1)
+        return nn.functional.dropout(x, 0.5, self.training)
+
+
+class Untrained(Wide):
+    def forward(self, x):
+        if self.training and self.config.ffn_dim < 256:
+            raise ValueError("too narrow to be trained")
+        return super().forward(x)
+
+
+class Deaf(Wide):
+    def forward(self, x):
+        return super().forward(x) if self.config.ffn_dim > 16 else torch.ones(2)
+
+
+class WithoutDropout(Wide):
+    def forward(self, x):
+        self.training = self.training and self.config.hidden_size > 64
+        return super().forward(x)
+
+
+@pytest.mark.parametrize(
+    ("kind", "hidden_size", "ffn_dim"),
+    [(Wide, 16, 16), (Untrained, 16, 256), (Deaf, 16, 64), (WithoutDropout, 256, 16)],
+)
+def test_a_narrower_model_still_does_what_the_wide_one_does(kind, hidden_size, ffn_dim):
     shown = []
-    found = search._narrowed(Model(Config()), {"x": torch.ones(1, 4)}, Source("narrowed"), shown.append)
-    assert (found.config.hidden_size, found.config.ffn_dim) == (16, 256)
-    assert shown == ["looking for a smaller Model"]
+    inputs = {"x": torch.tensor([[1.0, 2, 3, 4], [5, 6, 7, 9]])}
+    found = narrowing.narrowed(kind(Narrowing()), inputs, Source("narrowing"), shown.append)
+    assert (found.config.hidden_size, found.config.ffn_dim) == (hidden_size, ffn_dim)
+    assert shown == [f"looking for a smaller {kind.__name__}"]

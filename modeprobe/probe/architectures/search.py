@@ -15,8 +15,8 @@ from modeprobe.probe.architectures import models as _models
 from modeprobe.probe.architectures import parts as _parts
 from modeprobe.probe.architectures.agreement import agreeing, answerable
 from modeprobe.probe.architectures.configurations import Source
-from modeprobe.probe.architectures.fitting import fitting
 from modeprobe.probe.architectures.inputs import InputMaker
+from modeprobe.probe.architectures.narrowing import narrowed, parameters
 
 _SECONDS = 60  # of the processor's time, after which nothing else is tried
 _SLICE = 12  # of them for the models in which the sizes of one that failed agree
@@ -26,7 +26,6 @@ _SLOW = 2  # of them for a failure, after which no larger inputs are tried
 _TINY = (
     4_000_000  # parameters; before more are run, the sizes of smaller models that failed are made to agree
 )
-_NARROWING = 10  # seconds of the processor's time to divide the widths of a model that is not tiny
 _REPAIRS = 4  # of inputs, one upon the other
 _REFUSED = 12  # inputs by whose failures the sizes of a model are made to agree
 _SIZES = 4  # or classes of a whole that runs, in search of a part that it calls
@@ -44,7 +43,7 @@ def find(source: Source, show: Callable[[str], None]) -> Found | str:
         found = _first(_as_part(source, tried))
     if found is None:
         return str(tried)
-    return found if _count(found[0]) <= _TINY else (_narrowed(*found, source, show), found[1])
+    return found if parameters(found[0]) <= _TINY else (narrowed(*found, source, show), found[1])
 
 
 def _first(running: Iterator[Found]) -> Found | None:
@@ -55,32 +54,6 @@ def _first(running: Iterator[Found]) -> Found | None:
             return model, inputs
         found = found or (model, inputs)
     return found
-
-
-def _narrowed(model: Any, inputs: dict[str, Any], source: Source, show: Callable[[str], None]) -> nn.Module:
-    """The model with its widths divided, as far as it still runs on these inputs, in the same modes."""
-    show(f"looking for a smaller {type(model).__name__}")
-    until = time.process_time() + _NARROWING
-    modes = [train for train in (False, True) if _failure(model, inputs, train) is None]
-    smallest: nn.Module = model
-
-    def runs(values: dict[str, Any]) -> bool:
-        nonlocal smallest
-        if time.process_time() > until:
-            return False
-        other = _models.again(type(model), model.config, values, source)
-        if other is None or _count(other) >= _count(smallest):
-            return False
-        if any(_failure(other, inputs, train) for train in modes):
-            return False
-        smallest = other
-        return True
-
-    if hasattr(getattr(model, "config", None), "to_dict"):  # parts of a whole need not have one
-        values = model.config.to_dict()
-        for _ in fitting(values, values, runs):
-            pass
-    return smallest
 
 
 class _Tried:
@@ -143,7 +116,7 @@ def _running(source: Source, tried: _Tried, complete: bool = False) -> Iterator[
             if enough():
                 return
             for found in _agreed(*entry, source, time.process_time() + seconds):
-                if _count(found[0]) <= _TINY:
+                if parameters(found[0]) <= _TINY:
                     yield found
                 elif len(large) < _RUNS:
                     large.append(found)
@@ -159,7 +132,7 @@ def _running(source: Source, tried: _Tried, complete: bool = False) -> Iterator[
             continue
         if not tried.ran:
             tried.ran, tried.reasons = True, []
-        count = _count(model)
+        count = parameters(model)
         tried.show(f"looking for inputs of a {type(model).__name__} with {count:,} parameters")
         if count > _TINY:
             yield from agreed(refusing[hurried:], _GLANCE)
@@ -176,10 +149,6 @@ def _running(source: Source, tried: _Tried, complete: bool = False) -> Iterator[
                 refusing.append((type(model), model.config, tried.refused))
     yield from agreed(refusing, _SLICE)
     yield from large
-
-
-def _count(model: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def _agreed(
