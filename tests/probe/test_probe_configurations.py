@@ -8,6 +8,7 @@ import torch
 pytestmark = pytest.mark.rung("reference")
 transformers = pytest.importorskip("transformers", reason="pip install 'modeprobe[probe]'")
 
+import modeprobe  # noqa: E402
 from modeprobe.probe import architectures  # noqa: E402
 from modeprobe.probe.architectures import build, configurations, sizes  # noqa: E402
 
@@ -65,6 +66,18 @@ def test_the_configuration_of_a_checkpoint_is_read_and_made_small(tmp_path):
         assert sum(parameter.numel() for parameter in model.parameters()) < 100_000
     model, _ = build(str(tmp_path), values={"attention_dropout": 0.5, "num_key_value_heads": 1})
     assert (model.config.attention_dropout, model.config.num_key_value_heads) == (0.5, 1)
+
+
+def test_the_class_of_a_checkpoint_is_built(tmp_path, single_thread):
+    rates = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "classifier_dropout": 0.5}
+    transformers.BertConfig(architectures=["BertForSequenceClassification"], **rates).save_pretrained(
+        tmp_path
+    )
+    model, inputs = build(str(tmp_path))
+    assert type(model).__name__ == "BertForSequenceClassification"
+    assert modeprobe.probe(model, **inputs).causes == {"module_dropout"}  # that of the classifier alone
+    transformers.BertConfig(architectures=["OfSomeoneElse"]).save_pretrained(tmp_path)
+    assert type(build(str(tmp_path))[0]).__name__ == "BertLMHeadModel"
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"hidden_size": 8}', '{"model_type": "no_such_type"}', None])

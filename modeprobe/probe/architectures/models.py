@@ -157,7 +157,13 @@ def _constructors(config: Any) -> Iterator[Callable[[Any], nn.Module]]:
     names = ["AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModel"]
     if getattr(config, "is_encoder_decoder", False):  # its causal model would be the decoder alone
         names.append(names.pop(0))
-    found = []
+    found: list[Any] = []
+    kind: Any
+    for name in getattr(config, "architectures", None) or ():  # of a checkpoint
+        kind = getattr(transformers, name, None)
+        if getattr(kind, "config_class", None) is type(config):
+            found.append(kind)
+            yield kind
     for name in names:
         auto = getattr(transformers, name)
         kind = _mapped(auto._model_mapping, config)

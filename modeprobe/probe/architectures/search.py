@@ -91,8 +91,8 @@ class _Tried:
         reasons = "\n  ".join([*list(dict.fromkeys(self.reasons))[:4], *self.wholes, *late])
         return (
             f"a tiny {self.model_type} {what}:\n  {reasons}\n"
-            "Probe it by package.module:factory and --input instead, "
-            "with a configuration and inputs of your own."
+            "Give values that it needs by --set, or a config.json instead of its type; or probe it by "
+            "package.module:factory and --input, with a configuration and inputs of your own."
         )
 
 
