@@ -571,7 +571,7 @@ class Untrained(Wide):
 
 class Deaf(Wide):
     def forward(self, x):
-        return super().forward(x) if self.config.ffn_dim > 16 else torch.ones(2)
+        return super().forward(x if self.config.ffn_dim > 16 else torch.ones(2, 4))
 
 
 class WithoutDropout(Wide):
@@ -590,3 +590,9 @@ def test_a_narrower_model_still_does_what_the_wide_one_does(kind, hidden_size, f
     found = narrowing.narrowed(kind(Narrowing()), inputs, Source("narrowing"), shown.append)
     assert (found.config.hidden_size, found.config.ffn_dim) == (hidden_size, ffn_dim)
     assert shown == [f"looking for a smaller {kind.__name__}"]
+
+
+def test_values_of_ones_own_stay_in_a_narrower_model():
+    source = Source("narrowing", kept={"hidden_size": 256})
+    found = narrowing.narrowed(Wide(Narrowing()), {"x": torch.arange(8.0).reshape(2, 4)}, source, print)
+    assert (found.config.hidden_size, found.config.ffn_dim) == (256, 16)

@@ -1,5 +1,6 @@
 """Configurations of one's own: values that stay, and the files of checkpoints."""
 
+import dataclasses
 import re
 
 import pytest
@@ -10,7 +11,7 @@ transformers = pytest.importorskip("transformers", reason="pip install 'modeprob
 
 import modeprobe  # noqa: E402
 from modeprobe.probe import architectures  # noqa: E402
-from modeprobe.probe.architectures import build, configurations, sizes  # noqa: E402
+from modeprobe.probe.architectures import build, configurations, search, sizes  # noqa: E402
 
 
 def test_values_of_ones_own_stay():
@@ -68,6 +69,18 @@ def test_the_configuration_of_a_checkpoint_is_read_and_made_small(tmp_path):
     assert (model.config.attention_dropout, model.config.num_key_value_heads) == (0.5, 1)
 
 
+def test_values_of_ones_own_are_not_looked_for_in_a_whole_without_them(monkeypatch):
+    whole = object(), {}
+    monkeypatch.setattr(search, "_running", lambda *args: iter(()))
+    monkeypatch.setattr(search, "_first", lambda running: next(running, None))
+    monkeypatch.setattr(search, "_as_part", lambda *args: iter([whole]))
+    monkeypatch.setattr(search, "parameters", lambda model: 0)
+    source = configurations.Source("bert")
+    assert search.find(source, print) == whole
+    assert "a tiny bert" in search.find(dataclasses.replace(source, kept={"hidden_size": 8}), print)
+    assert "a tiny bert" in search.find(dataclasses.replace(source, config=object()), print)
+
+
 def test_the_class_of_a_checkpoint_is_built(tmp_path, single_thread):
     rates = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "classifier_dropout": 0.5}
     transformers.BertConfig(architectures=["BertForSequenceClassification"], **rates).save_pretrained(
@@ -94,3 +107,4 @@ def test_a_part_of_another_type_takes_the_place_of_the_default(single_thread):
     given = {"vision_config": {"model_type": "vit", "hidden_dropout_prob": 0.5}}
     config = configurations.source("llava", 0, given).start()
     assert (config.vision_config.model_type, config.vision_config.hidden_dropout_prob) == ("vit", 0.5)
+    assert not hasattr(config.vision_config, "projection_dim")  # of the CLIP that it would be
