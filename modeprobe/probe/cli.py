@@ -8,6 +8,7 @@ import json
 import os
 import sys
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -51,7 +52,8 @@ def probe(
         typer.Option(
             "--input",
             help="What makes its input: **package.module:make_input**. "
-            "A dict is passed by keyword, a tuple by position.",
+            "A dict is passed by keyword, a tuple by position. With --transformers it is called with the "
+            "model, and returns a dict.",
             show_default=False,
         ),
     ] = None,
@@ -127,15 +129,14 @@ def _load(
         raise typer.BadParameter("give either package.module:factory or --transformers MODEL_TYPE")
     if values and model_type is None:
         raise typer.BadParameter("--set is for --transformers: a factory sets its own values")
+    sys.path.insert(0, os.getcwd())
     if model_type is not None:
-        if make_input is not None:
-            raise typer.BadParameter("--transformers makes its own input: leave out --input")
         from modeprobe.probe import architectures
 
-        model, inputs = architectures.build(model_type, values=values)
+        make = None if make_input is None else partial(_keywords, _find(make_input, "--input"))
+        model, inputs = architectures.build(model_type, values=values, make_inputs=make)
         return model, (), inputs
     assert target is not None
-    sys.path.insert(0, os.getcwd())
     model = _call(target, "the factory")
     if make_input is None:
         return model, (), {}
@@ -145,16 +146,28 @@ def _load(
     return model, made if isinstance(made, tuple) else (made,), {}
 
 
+def _keywords(make: Any, model: Any) -> dict[str, Any]:
+    made = make(model)
+    if not isinstance(made, dict):
+        raise TypeError(f"--input must return a dict of keyword arguments, got {type(made).__name__}")
+    return made
+
+
 def _call(name: str, what: str) -> Any:
+    from torch import nn
+
+    found = _find(name, what)
+    return found if isinstance(found, nn.Module) or not callable(found) else found()
+
+
+def _find(name: str, what: str) -> Any:
     module, colon, attribute = name.partition(":")
     if not (module and colon and attribute):
         raise typer.BadParameter(f"{what} must be given as package.module:name, got {name!r}")
     found: Any = importlib.import_module(module)
     for part in attribute.split("."):
         found = getattr(found, part)
-    from torch import nn
-
-    return found if isinstance(found, nn.Module) or not callable(found) else found()
+    return found
 
 
 def _write(report: Report, form: Format, output: Path | None) -> None:

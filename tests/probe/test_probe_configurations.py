@@ -81,6 +81,21 @@ def test_values_of_ones_own_are_not_looked_for_in_a_whole_without_them(monkeypat
     assert "a tiny bert" in search.find(dataclasses.replace(source, config=object()), print)
 
 
+def test_inputs_of_ones_own_are_taken_as_they_are():
+    ids = torch.ones(1, 3, dtype=torch.long)
+    tried = []
+
+    def make(model):
+        tried.append(model)
+        return {"input_ids": ids}
+
+    model, inputs = build("bert", make_inputs=make)
+    assert tried[-1] is model
+    assert inputs == {"input_ids": ids}
+    with pytest.raises(architectures.ArchitectureError, match="You must specify exactly one of input_ids"):
+        build("bert", make_inputs=lambda model: {"pictures": ids})
+
+
 def test_the_class_of_a_checkpoint_is_built(tmp_path, single_thread):
     rates = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "classifier_dropout": 0.5}
     transformers.BertConfig(architectures=["BertForSequenceClassification"], **rates).save_pretrained(

@@ -233,6 +233,8 @@ class Ungated(nn.Module):
 def broken(): raise OSError("no weights")
 def make(): return torch.randn(2, 4)
 def named(): return {"input": torch.randn(2, 4)}
+def ids(model): return {"input_ids": torch.ones(1, model.config.num_hidden_layers, dtype=torch.long)}
+def one(model): return torch.ones(1)
 """
 
 
@@ -299,6 +301,15 @@ def test_command_line_builds_transformers(single_thread):
     result = CliRunner().invoke(app, ["probe", "--transformers", "lama"])
     assert result.exit_code == 3
     assert "llama" in result.output
+
+
+def test_command_line_takes_inputs_for_transformers(workspace, single_thread):
+    pytest.importorskip("transformers", reason="pip install 'modeprobe[probe]'")
+    given = ["probe", "--transformers", "llama", "--set", "num_hidden_layers=1", "--input"]
+    assert CliRunner().invoke(app, [*given, "cli_models:ids"]).exit_code == 0
+    result = CliRunner().invoke(app, [*given, "cli_models:one"])
+    assert result.exit_code == 3
+    assert "--input must return a dict of keyword arguments, got Tensor" in " ".join(result.stderr.split())
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,8 @@ The only part of the probe that knows transformers. Nothing is downloaded.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -32,6 +33,7 @@ def build(
     seed: int = 0,
     progress: bool | None = None,
     values: Mapping[str, Any] | None = None,
+    make_inputs: Callable[[nn.Module], dict[str, Any]] | None = None,
 ) -> tuple[nn.Module, dict[str, Any]]:
     """A tiny model of this type in train mode, and keyword arguments that it accepts.
 
@@ -41,6 +43,8 @@ def build(
         seed: of torch's generator before the weights are drawn.
         progress: shown on standard error: True at once, False never, None after two seconds.
         values: of the configuration's fields, kept as they are; a part's by ``part.field``.
+        make_inputs: called with each model that is tried, returns the keyword arguments for its forward; None
+            guesses them.
 
     Raises:
         ArchitectureError: the type or a field is unknown, the type is too large at every size, or it needs
@@ -49,7 +53,8 @@ def build(
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     with quiet(), Progress(progress) as show:
         try:
-            found = find(source(model_type, seed, values or {}), show)
+            wanted = source(model_type, seed, values or {})
+            found = find(replace(wanted, make_inputs=make_inputs), show)
         except ConfigurationError as error:
             raise ArchitectureError(str(error)) from error
     if isinstance(found, str):

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import difflib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +24,16 @@ class ConfigurationError(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """What models are made of: a type's default configuration, or another one, and values that stay."""
+    """What models are made of: a type's default configuration, or another one, and values that stay.
+
+    make_inputs: the keyword arguments for a model, where they are not to be guessed.
+    """
 
     model_type: str
     seed: int = 0
     config: Any = None
     kept: Values = dataclasses.field(default_factory=dict)
+    make_inputs: Callable[[Any], Values] | None = None
 
     def made(self, kind: Any, values: Values) -> Any:
         """A configuration of this class with these values, but for those that stay."""

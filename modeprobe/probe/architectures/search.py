@@ -6,6 +6,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from modeprobe.probe.architectures.narrowing import narrowed, parameters
 
 _SECONDS = 60  # of the processor's time, after which nothing else is tried
 _SLICE = 12  # of them for the models in which the sizes of one that failed agree
-_GLANCE = 1  # of them for the latter, before a model is run that is not tiny
+_GLANCE = 2  # of them for the latter, before a model is run that is not tiny
 _PATIENCE = 20  # of them for a tiny model, where there is a larger one
 _SLOW = 2  # of them for a failure, after which no larger inputs are tried
 _TINY = (
@@ -38,6 +39,8 @@ _Refused = tuple[int, dict[str, Any], Exception]  # repairs that were left, inpu
 def find(source: Source, show: Callable[[str], None]) -> Found | str:
     """The first model that runs in both modes, else the first that runs, with inputs; or what was tried."""
     tried = _Tried(source.model_type, show=show)
+    if source.make_inputs is not None:
+        tried.maker = partial(_Given, source.make_inputs)
     found = _first(_running(source, tried))
     if found is None and source == Source(source.model_type, source.seed):
         found = _first(_as_part(source, tried))
@@ -56,6 +59,20 @@ def _first(running: Iterator[Found]) -> Found | None:
     return found
 
 
+class _Given:
+    """Inputs as they are given, without repairs."""
+
+    def __init__(self, make_inputs: Callable[[nn.Module], dict[str, Any]], model: nn.Module) -> None:
+        self.make_inputs = make_inputs
+        self.model = model
+
+    def candidates(self) -> Iterator[dict[str, Any]]:
+        yield self.make_inputs(self.model)
+
+    def repaired(self, inputs: dict[str, Any], error: Exception) -> Iterator[dict[str, Any]]:
+        yield from ()
+
+
 class _Tried:
     """Why a model type could not be built, or did not run on the inputs tried."""
 
@@ -67,6 +84,7 @@ class _Tried:
         self.ran = False
         self.start = time.process_time()
         self.until = until or self.start + _SECONDS
+        self.maker: Callable[[nn.Module], InputMaker | _Given] = InputMaker
         self.instead = ""
         self.reasons: list[str] = []
         self.refused: list[_Refused] = []
@@ -91,8 +109,8 @@ class _Tried:
         reasons = "\n  ".join([*list(dict.fromkeys(self.reasons))[:4], *self.wholes, *late])
         return (
             f"a tiny {self.model_type} {what}:\n  {reasons}\n"
-            "Give values that it needs by --set, or a config.json instead of its type; or probe it by "
-            "package.module:factory and --input, with a configuration and inputs of your own."
+            "Give values that it lacks by --set, or a config.json for its type, and inputs by --input; "
+            "or probe a model of your own by package.module:factory."
         )
 
 
@@ -220,7 +238,7 @@ def _extended(found: list[Found], source: Source) -> Iterator[Found]:
 
 def _accepted(model: nn.Module, tried: _Tried) -> Iterator[dict[str, Any]]:
     """The inputs that the model runs on; why it did not run on the others is added to the reasons."""
-    maker = InputMaker(model)
+    maker = tried.maker(model)
     seen = set()
 
     def attempt(inputs: dict[str, Any], repairs: int) -> Iterator[dict[str, Any]]:
@@ -253,7 +271,7 @@ def _kind(value: Any) -> tuple[str, int]:
 
 
 def _repaired(
-    maker: InputMaker, inputs: dict[str, Any], failure: Exception, tried: _Tried
+    maker: InputMaker | _Given, inputs: dict[str, Any], failure: Exception, tried: _Tried
 ) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     try:
