@@ -592,6 +592,15 @@ def test_a_narrower_model_still_does_what_the_wide_one_does(kind, hidden_size, f
     assert shown == [f"looking for a smaller {kind.__name__}"]
 
 
+def test_a_model_that_raises_when_it_runs_again_is_left_as_it_is():
+    class Once(Wide):
+        def forward(self, x):
+            raise ValueError("not with this seed")
+
+    model = Once(Narrowing())
+    assert narrowing.narrowed(model, {"x": torch.ones(2, 4)}, Source("narrowing"), print) is model
+
+
 def test_values_of_ones_own_stay_in_a_narrower_model():
     source = Source("narrowing", kept={"hidden_size": 256})
     found = narrowing.narrowed(Wide(Narrowing()), {"x": torch.arange(8.0).reshape(2, 4)}, source, print)
